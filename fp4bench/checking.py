@@ -1,0 +1,128 @@
+"""Is an output right? Each problem's output against its reference, on the very tensors that are timed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fp4bench.formats import ScaleRule, e2m1
+from fp4bench.problems import GemmInputs, GemmProblem, Problem, QuantizeProblem
+from fp4bench.quantize import Quantized, quantize, quantize_fp8_rows
+from fp4bench.reference import Operand, quantize_by_formula, values
+
+# Work beyond which only some rows, evenly spaced with the first and the last, are compared: about a second on two CPU cores,
+# and 0.1 s at an H200's float64 rate (5 s at an RTX 5090's).
+_REFERENCE_FLOPS = {"cpu": 4e10, "cuda": 5e12}
+
+
+class WrongResultError(AssertionError):
+    """An output that is not what the reference says."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an output compares with its reference.
+
+    error: ||out - ref|| / ||ref|| of a GEMM; the share of codes that differ of a quantization.
+    exact: every compared element is the reference, rounded to the output's dtype.
+    rows: how many rows were compared; all elements of the output are checked to be finite.
+    """
+
+    error: float
+    exact: bool
+    rows: int
+
+
+def check(problem: Problem, inputs: Any, rule: ScaleRule | None, out: Any) -> Agreement:
+    """Compare `out` with the reference of `problem` on `inputs`, FP4 operands quantized by `rule`.
+
+    Raises WrongResultError that names the first element that is wrong or not finite.
+    """
+    if isinstance(problem, QuantizeProblem):
+        return _check_quantized(problem, inputs, out)
+    return _check_gemm(problem, inputs, rule, out)
+
+
+def _check_gemm(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | None, out: torch.Tensor) -> Agreement:
+    if out.shape != (problem.m, problem.n):
+        raise WrongResultError(f"output has shape {tuple(out.shape)}, not {(problem.m, problem.n)}")
+    _refuse(~out.isfinite(), "output is not finite", lambda at: f"{out[at].item()}")
+    x = values(_operand(problem, problem.mode.activations, inputs.x, rule))
+    w = values(_operand(problem, problem.mode.weights, inputs.w, rule))
+    rows = _spread(problem.m, _REFERENCE_FLOPS[x.device.type] / (4 * problem.n * problem.k), x.device)
+    x, got = x[rows], out[rows].double()
+    want = x @ w.T
+    difference = (got - want).abs()
+    bound = _rounding_bound(problem, x, w, want)
+    _refuse(
+        difference > bound,
+        "output is wrong",
+        lambda at: f"{got[at].item():.6g} where the reference is {want[at].item():.6g} +- {bound[at].item():.2g}",
+    )
+    error = difference.norm() / want.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    return Agreement(error.item(), torch.equal(got, want.to(out.dtype).double()), len(rows))
+
+
+def _rounding_bound(problem: GemmProblem, x: torch.Tensor, w: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """How far from the reference right hardware may be, element by element. float64 (rows, n)."""
+    # Products of decoded operands are exact in float32. An addition to a partial sum s errs by at most u |s|, and the errors of
+    # many behave like a random walk (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019); so do the partial sums of our random
+    # inputs, which stay within 6 of the standard deviations r of the whole sum. Hence 6 u sqrt(additions) * 6 r, and for the
+    # store bfloat16's unit roundoff, 2**-8.
+    r = (x.square() @ w.square().T).sqrt()
+    additions = max(1.0, problem.k / problem.mode.terms_per_addition)
+    summation = 36 * 2.0**-problem.mode.sum_bits * additions**0.5 * r
+    return summation + 2.0**-8 * (want.abs() + summation)
+
+
+def _operand(problem: GemmProblem, element: str, tensor: torch.Tensor, rule: ScaleRule | None) -> Operand:
+    if element == "fp8":
+        return quantize_fp8_rows(tensor)
+    if element == "bf16":
+        return tensor
+    assert problem.format is not None
+    return quantize(tensor, problem.format, rule=rule, hadamard=problem.hadamard)
+
+
+def _check_quantized(problem: QuantizeProblem, x: torch.Tensor, out: Quantized) -> Agreement:
+    want_codes, want_scales = quantize_by_formula(x, problem.format, problem.rule, problem.hadamard)
+    codes, scale_bytes = e2m1.unpack(out.codes), out.scales.view(torch.uint8)
+    if codes.shape != want_codes.shape or scale_bytes.shape != want_scales.shape:
+        raise WrongResultError(
+            f"{tuple(codes.shape)} codes and {tuple(scale_bytes.shape)} scales, not {tuple(want_codes.shape)} and "
+            f"{tuple(want_scales.shape)}"
+        )
+    scale_off = scale_bytes != want_scales
+    code_off = (codes != want_codes) & ~scale_off.repeat_interleave(problem.format.block_size, dim=-1)
+    # A rotation's additions round in another order: 1 code or scale in 10,000 may be the neighbour of the right one.
+    allowed = 1e-4 if problem.hadamard else 0.0
+    for what, off, steps in (
+        ("scale", scale_off, (scale_bytes.int() - want_scales.int()).abs()),
+        ("code", code_off, (_signed(codes) - _signed(want_codes)).abs()),
+    ):
+        far = off & (steps > 1)
+        if off.double().mean().item() > allowed or bool(far.any()):
+            _refuse(off, f"{what} is wrong", lambda at: "")
+    return Agreement(code_off.double().mean().item(), not bool(scale_off.any() or code_off.any()), problem.m)
+
+
+def _signed(codes: torch.Tensor) -> torch.Tensor:
+    """Codes as steps on the line of values: -7 to 7, both zeros 0."""
+    magnitude = (codes & 7).int()
+    return torch.where(codes > 7, -magnitude, magnitude)
+
+
+def _spread(rows: int, affordable: float, device: torch.device) -> torch.Tensor:
+    """Indices of all rows, or of as many as are affordable, evenly spaced from the first to the last."""
+    count = min(rows, max(2, int(affordable)))
+    return torch.linspace(0, rows - 1, count, dtype=torch.float64, device=device).round().long().unique()
+
+
+def _refuse(bad: torch.Tensor, message: str, describe: Callable[[tuple[int, ...]], str]) -> None:
+    """Raise WrongResultError with the count and the first place of the elements that are bad, if any is."""
+    if bad.any():
+        at = tuple(bad.nonzero()[0].tolist())
+        raise WrongResultError(
+            f"{message} in {int(bad.sum())} of {bad.numel()} elements, first at {list(at)} {describe(at)}".rstrip()
+        )

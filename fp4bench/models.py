@@ -1,0 +1,235 @@
+"""Layer shapes of real models, by tensor-parallel size.
+
+A model is read from the fields of its Hugging Face `config.json`, the built-in ones too, so adding one is a row in `_CONFIGS`.
+Shapes are those of one rank under vLLM's parallel layers: qkv and gate_up fused and split along n, o and down split along k.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of one rank: Y[m, n] = X[m, k] @ W[n, k]^T."""
+
+    name: str
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one MoE layer: each is gate_up (2 * intermediate, hidden) and down (hidden, intermediate)."""
+
+    count: int
+    topk: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """DeepSeek's multi-head latent attention (arXiv 2405.04434, section 2.1): low-rank q and kv, `q_rank` None for a full q."""
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the layer shapes follow from. `intermediate` is None where every MLP is a MoE."""
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int | None
+    experts: Experts | None = None
+    shared_intermediate: int | None = None
+    latent: LatentAttention | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def layers(model: Model, tp: int = 1) -> tuple[Layer, ...]:
+    """The linear layers of one of `tp` ranks; expert_gate_up and expert_down are those of a single expert.
+
+    Raises ValueError where `tp` does not divide one.
+    """
+    return (*_attention(model, tp), *_mlp(model, tp))
+
+
+def get_model(name: str) -> Model:
+    """A model by its short name, Hugging Face id, or `config.json` path. Raises ValueError with the known names."""
+    if name.endswith(".json"):
+        return read_config(Path(name))
+    for short, (hub_id, config) in _CONFIGS.items():
+        if name.casefold() in (short, hub_id.casefold(), hub_id.casefold().partition("/")[2]):
+            return _model(config, short, source=short)
+    raise ValueError(f"unknown model {name!r}: known are {', '.join(_CONFIGS)}, or the path of a Hugging Face config.json")
+
+
+def model_names() -> tuple[str, ...]:
+    """Short names of the built-in models."""
+    return tuple(_CONFIGS)
+
+
+def read_config(path: Path) -> Model:
+    """The model of a Hugging Face `config.json`. Raises ValueError naming the file and what is wrong with it.
+
+    Its name is that of the file's folder and six digits of a hash of its shapes: a changed config is another model, and never
+    meets the baseline of the old one.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the model config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"the model config {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"the model config {path} is not a JSON object")
+    shapes = _model(config, "", source=str(path))
+    stem = "".join(c if c.isalnum() or c in "._" else "-" for c in path.resolve().parent.name.lower())
+    return _model(config, f"{stem}-{sha256(repr(shapes).encode()).hexdigest()[:6]}", source=str(path))
+
+
+def _attention(model: Model, tp: int) -> tuple[Layer, ...]:
+    heads = _split(model, "number of attention heads", model.heads, tp)
+    if model.latent:
+        return _latent_attention(model, model.latent, heads)
+    # With more ranks than kv heads each rank keeps a copy of one head (vLLM's QKVParallelLinear).
+    kv_heads = 1 if tp % model.kv_heads == 0 else _split(model, "number of kv heads", model.kv_heads, tp)
+    return (
+        Layer("qkv", (heads + 2 * kv_heads) * model.head_dim, model.hidden),
+        Layer("o", model.hidden, heads * model.head_dim),
+    )
+
+
+def _latent_attention(model: Model, latent: LatentAttention, heads: int) -> tuple[Layer, ...]:
+    qk_dim = latent.nope_dim + latent.rope_dim
+    kv_a = latent.kv_rank + latent.rope_dim
+    if latent.q_rank is None:
+        queries = (Layer("q", heads * qk_dim, model.hidden), Layer("kv_a", kv_a, model.hidden))
+    else:
+        # The down-projections of q and kv are one layer, and every rank holds all of it.
+        queries = (Layer("qkv_a", latent.q_rank + kv_a, model.hidden), Layer("q_b", heads * qk_dim, latent.q_rank))
+    return (
+        *queries,
+        Layer("kv_b", heads * (latent.nope_dim + latent.v_dim), latent.kv_rank),
+        Layer("o", model.hidden, heads * latent.v_dim),
+    )
+
+
+def _mlp(model: Model, tp: int) -> tuple[Layer, ...]:
+    sizes = {
+        "": model.intermediate,
+        "shared_": model.shared_intermediate,
+        "expert_": model.experts.intermediate if model.experts else None,
+    }
+    found = []
+    for prefix, size in sizes.items():
+        if size is not None:
+            intermediate = _split(model, f"{prefix.replace('_', ' ')}intermediate size", size, tp)
+            found.append(Layer(f"{prefix}gate_up", 2 * intermediate, model.hidden))
+            found.append(Layer(f"{prefix}down", model.hidden, intermediate))
+    return tuple(found)
+
+
+def _split(model: Model, what: str, size: int, tp: int) -> int:
+    if tp < 1 or size % tp:
+        raise ValueError(f"tensor parallel size {tp} does not divide the {what} of {model}, {size}")
+    return size // tp
+
+
+def _model(config: Mapping[str, Any], name: str, source: str) -> Model:
+    config = config.get("text_config", config)  # multimodal models nest their decoder
+
+    def field(*names: str) -> int:
+        for key in names:
+            value = config.get(key)
+            if isinstance(value, int) and value > 0:
+                return value
+        raise ValueError(f"the model config {source} has no {' or '.join(names)}: layer shapes cannot be told from it")
+
+    hidden, heads = field("hidden_size"), field("num_attention_heads")
+    moe = _experts(config, field)
+    dense = moe is None or _has_dense_layers(config)
+    return Model(
+        name,
+        hidden,
+        heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        intermediate=field("intermediate_size") if dense else None,
+        experts=moe,
+        shared_intermediate=moe.intermediate * config["n_shared_experts"] if moe and config.get("n_shared_experts") else None,
+        latent=_latent(config, field) if config.get("kv_lora_rank") else None,
+    )
+
+
+def _experts(config: Mapping[str, Any], field: Any) -> Experts | None:
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    if not any(config.get(key) for key in counts):
+        return None
+    return Experts(field(*counts), field("num_experts_per_tok"), field("moe_intermediate_size", "intermediate_size"))
+
+
+def _has_dense_layers(config: Mapping[str, Any]) -> bool:
+    """Whether a MoE model has dense MLPs too: DeepSeek's first layers, Qwen's sparse step and exceptions."""
+    return bool(
+        config.get("first_k_dense_replace") or config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) > 1
+    )
+
+
+def _latent(config: Mapping[str, Any], field: Any) -> LatentAttention:
+    dims = (field(key) for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    return LatentAttention(config.get("q_lora_rank"), *dims)
+
+
+def _llama(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+
+
+def _moe(count: int, topk: int, intermediate: int) -> dict[str, int]:
+    return {"num_experts": count, "num_experts_per_tok": topk, "moe_intermediate_size": intermediate}
+
+
+# Short name -> (Hugging Face id, the fields of its config.json that give shapes).
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3.3-70b": ("meta-llama/Llama-3.3-70B-Instruct", _llama(8192, 28672, 64, 8, 128)),
+    "llama3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", _llama(4096, 14336, 32, 8, 128)),
+    "llama3.2-1b": ("meta-llama/Llama-3.2-1B-Instruct", _llama(2048, 8192, 32, 8, 64)),
+    "llama2-7b": ("meta-llama/Llama-2-7b-hf", _llama(4096, 11008, 32, 32, 128)),
+    "qwen3-32b": ("Qwen/Qwen3-32B", _llama(5120, 25600, 64, 8, 128)),
+    "qwen3-30b-a3b": ("Qwen/Qwen3-30B-A3B", _llama(2048, 6144, 32, 4, 128) | _moe(128, 8, 768)),
+    "deepseek-r1": (
+        "deepseek-ai/DeepSeek-R1",
+        _llama(7168, 18432, 128, 128, 192)
+        | _moe(256, 8, 2048)
+        | {
+            "first_k_dense_replace": 3,
+            "n_shared_experts": 1,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
+    ),
+    "gpt-oss-20b": ("openai/gpt-oss-20b", _llama(2880, 2880, 64, 8, 64) | _moe(32, 4, 2880)),
+    "gpt-oss-120b": ("openai/gpt-oss-120b", _llama(2880, 2880, 64, 8, 64) | _moe(128, 4, 2880)),
+}

@@ -1,0 +1,82 @@
+"""Who can compute a problem here, and if not, why not: the protocol and the registry.
+
+Built-in providers are one file each in this folder. Others come from installed packages through the entry point group
+`fp4bench.providers`; README shows one. A provider that cannot run says so; nothing is ever replaced by another.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any, Protocol
+
+from fp4bench.devices import Device
+from fp4bench.formats import ScaleRule
+
+Runner = Callable[[], Any]
+"""Computes the problem once on fixed buffers, without arguments; safe to capture in a CUDA graph."""
+
+GROUP = "fp4bench.providers"
+
+_PARTS = ("name", "version", "ops", "modes", "rules", "why_not", "prepare")
+
+_BUILT_IN = ("torch_native:TorchProvider", "eager:EagerProvider")
+
+
+class Provider(Protocol):
+    """Computes problems. All attributes are constants of the class or set when it is made; making one asks nothing of a GPU.
+
+    name: its part of a case id, in letters, digits and underscores.
+    version: of the library behind it, or None where that is not installed.
+    ops: the problems it computes: "gemm", "quantize".
+    modes: names of the GEMM modes it has (`fp4bench.problems.MODES`).
+    rules: by format name, the scale rules it implements; the first one is that of its GEMMs.
+    """
+
+    name: str
+    version: str | None
+    ops: Iterable[str]
+    modes: Iterable[str]
+    rules: Mapping[str, tuple[ScaleRule, ...]]
+
+    def why_not(self, problem: Any, device: Device) -> str | None:
+        """What keeps this provider from computing `problem` on `device`, in one sentence, or None."""
+
+    def prepare(self, problem: Any, inputs: Any) -> Runner:
+        """Quantize and lay out what is not part of the timed work. Raises where `why_not` has a reason."""
+        ...
+
+
+def providers() -> dict[str, Provider]:
+    """Every provider, built in and installed, by name. Raises ValueError for one that is none, or takes a name twice."""
+    found: dict[str, Provider] = {}
+    for source, make in (*_built_in(), *_installed()):
+        provider = make()
+        missing = [name for name in _PARTS if not hasattr(provider, name)]
+        if missing:
+            raise ValueError(f"the provider of {source} has no {', '.join(missing)}: see fp4bench.providers.Provider")
+        if provider.name in found:
+            raise ValueError(f"two providers are named {provider.name!r}, the second from {source}: rename it")
+        found[provider.name] = provider
+    return found
+
+
+def import_optional(module: str) -> ModuleType | None:
+    """`module`, or None where it is not installed. One that is installed but broken raises its own error."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        return None
+
+
+def _built_in() -> Iterable[tuple[str, Callable[[], Any]]]:
+    for entry in _BUILT_IN:
+        module, _, attribute = entry.partition(":")
+        yield f"{__name__}.{module}", getattr(import_module(f"{__name__}.{module}"), attribute)
+
+
+def _installed() -> Iterable[tuple[str, Callable[[], Any]]]:
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        yield f"entry point {entry.name} = {entry.value}", entry.load()

@@ -1,0 +1,42 @@
+"""torch's own matrix products without FP4: BF16, the baseline of every speed-up, and FP8 with a scale a row."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fp4bench.devices import Device
+from fp4bench.formats import ScaleRule
+from fp4bench.problems import GemmInputs, GemmProblem, Problem
+from fp4bench.providers import Runner
+from fp4bench.quantize import quantize_fp8_rows
+
+
+class TorchProvider:
+    """BF16 by `x @ w.T`; FP8 E4M3 by `torch._scaled_mm`, row-wise, both operands quantized before."""
+
+    name = "torch"
+    version: str = torch.__version__
+    ops = ("gemm",)
+    modes = ("bf16", "fp8")
+    rules: Mapping[str, tuple[ScaleRule, ...]] = {}
+
+    def why_not(self, problem: Problem, device: Device) -> str | None:
+        if not isinstance(problem, GemmProblem) or problem.mode.name == "bf16":
+            return None
+        if not device.has_fp8:
+            return f"{device.name} has no FP8 tensor cores (compute capability 8.9 or later)"
+        if problem.n % 16 or problem.k % 16:
+            return f"torch._scaled_mm takes n and k that are multiples of 16, not {problem.n} and {problem.k}"
+        return None
+
+    def prepare(self, problem: Problem, inputs: Any) -> Runner:
+        assert isinstance(problem, GemmProblem)
+        if problem.mode.name == "bf16":
+            return lambda: inputs.x @ inputs.w.T
+        return _scaled_mm(inputs)
+
+
+def _scaled_mm(inputs: GemmInputs) -> Runner:
+    x, w = quantize_fp8_rows(inputs.x), quantize_fp8_rows(inputs.w)
+    return lambda: torch._scaled_mm(x.values, w.values.T, scale_a=x.scales, scale_b=w.scales.T, out_dtype=torch.bfloat16)

@@ -1,0 +1,124 @@
+"""Quantization, GEMM and MoE by their formulas, in float64: what every kernel's output is compared with.
+
+Plain and slow on purpose. Never imports kernels or providers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+from torch.nn.functional import pad, silu
+
+from fp4bench.formats import BlockFormat, ScaleRule, scales
+from fp4bench.hadamard import hadamard_matrix
+from fp4bench.quantize import Quantized, RowQuantized, decode, decode_fp8_rows
+
+Operand = torch.Tensor | Quantized | RowQuantized
+
+
+def values(operand: Operand) -> torch.Tensor:
+    """What an operand stands for, in float64. A rotated operand stays rotated, its padding with it."""
+    if isinstance(operand, Quantized):
+        return decode(operand).double()
+    if isinstance(operand, RowQuantized):
+        return decode_fp8_rows(operand).double()
+    return operand.double()
+
+
+def gemm(x: Operand, w: Operand, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ w.T + bias on decoded values. (m, k), (n, k), (n) -> float64 (m, n)."""
+    y = values(x) @ values(w).T
+    return y if bias is None else y + bias.double()
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Which experts each token goes to, and with what weight: int64 and float64 (m, topk)."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+def route(logits: torch.Tensor, topk: int) -> Routing:
+    """The `topk` likeliest experts of each token, their weights a softmax over the chosen. float (m, experts) -> Routing."""
+    top = logits.double().topk(topk, dim=-1)
+    return Routing(top.indices, top.values.softmax(dim=-1))
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Gated SiLU; the first half of the columns is the gate. (..., 2 * intermediate) -> (..., intermediate)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
+
+
+def moe(x: Operand, gate_up: Sequence[Operand], down: Sequence[Operand], routing: Routing) -> torch.Tensor:
+    """The sum over a token's experts e of weight * silu_and_mul(x @ gate_up[e].T) @ down[e].T, expert by expert.
+
+    x (m, hidden), gate_up[e] (2 * intermediate, hidden), down[e] (hidden, intermediate) -> float64 (m, hidden).
+    """
+    tokens_in = values(x)
+    y = torch.zeros_like(tokens_in)
+    for expert, (w1, w2) in enumerate(zip(gate_up, down, strict=True)):
+        tokens, slots = (routing.ids == expert).nonzero(as_tuple=True)
+        hidden = silu_and_mul(gemm(tokens_in[tokens], w1))
+        y[tokens] += routing.weights[tokens, slots, None] * gemm(hidden, w2)
+    return y
+
+
+def quantize_by_formula(
+    x: torch.Tensor, format: BlockFormat, rule: ScaleRule, hadamard: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scale bytes by the formulas of the rules, with frexp and a search among the code values.
+
+    A second way to what `fp4bench.quantize.quantize` gives, sharing only the cast to E4M3 with it. Finite values only.
+    float (..., k) -> uint8 (..., k padded), one code each, and uint8 (..., k padded / block size).
+    """
+    padded = pad(x.double(), (0, -x.shape[-1] % lcm(format.block_size, hadamard or 1)))
+    if hadamard:
+        matrix = hadamard_matrix(hadamard, torch.float64, x.device)
+        padded = (padded.unflatten(-1, (-1, hadamard)) @ matrix).flatten(-2).float().double()
+    blocks = padded.unflatten(-1, (-1, format.block_size))
+    amax = blocks.abs().amax(dim=-1).float()
+    scale_bytes, elements = _two_level(blocks, amax) if format.has_tensor_scale else _power_of_two(blocks, amax, rule)
+    return _nearest_codes(elements).flatten(-2), scale_bytes
+
+
+def _power_of_two(blocks: torch.Tensor, amax: torch.Tensor, rule: ScaleRule) -> tuple[torch.Tensor, torch.Tensor]:
+    # amax = mantissa * 2**exponent with the mantissa in [0.5, 1), so floor(log2(amax)) is exponent - 1.
+    mantissa, exponent = torch.frexp(amax)
+    if rule is ScaleRule.FLOOR:
+        e = exponent - 1 - 2
+    elif rule is ScaleRule.CEIL:
+        e = exponent - 1 - 2 + (mantissa > 0.5)
+    elif rule is ScaleRule.EVEN:
+        e = exponent - 1 - 2 + (mantissa >= 0.875)
+    elif rule is ScaleRule.RCEIL:
+        mantissa, exponent = torch.frexp(amax * (1.0 / 6.0))
+        e = exponent - 1 + (mantissa > 0.5)
+    else:
+        e = torch.frexp(amax + 1e-8).exponent - 1
+    nothing = (amax == 0) & (rule is not ScaleRule.QUTLASS_ABS_MAX)
+    e = torch.where(nothing, -127, e.clamp(-127, 127))
+    elements = (blocks * torch.exp2(-e.double())[..., None]).float() * rule.gain
+    return (e + 127).to(torch.uint8), elements.double()
+
+
+def _two_level(blocks: torch.Tensor, amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # Float32 step by step: the order of the roundings is part of the rule.
+    tensor_amax = amax.max() if amax.numel() else amax.new_zeros(())
+    encode_scale = torch.where(tensor_amax > 0, (2688.0 / tensor_amax).clamp(max=torch.finfo(torch.float32).max), 1.0)
+    block_scales = scales.e4m3_encode(amax * (encode_scale * (1.0 / 6.0)))
+    multiplier = 1.0 / (block_scales.float() * (1.0 / encode_scale))
+    elements = blocks.float() * multiplier.clamp(max=torch.finfo(torch.float32).max)[..., None]
+    return block_scales.view(torch.uint8), elements.double()
+
+
+def _nearest_codes(elements: torch.Tensor) -> torch.Tensor:
+    """E2M1 codes by counting the midpoints below a magnitude; a tie goes up where that leads to an even code."""
+    midpoints = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+    magnitude = elements.abs()
+    codes = torch.zeros(elements.shape, dtype=torch.uint8, device=elements.device)
+    for code_below, midpoint in enumerate(midpoints):
+        codes += magnitude >= midpoint if code_below % 2 else magnitude > midpoint
+    return codes + 8 * elements.signbit()
