@@ -1,0 +1,357 @@
+"""The pytest plugin: options, the `bench` fixture over pytest-benchmark, stored runs by machine, verdicts as test reports.
+
+Glue only. It acts in a project that sets `fp4bench_baselines`, and imports torch only once a case or an option asks for it.
+What it knows of pytest-benchmark's insides (5.1 to 5.3): `benchmark._mode`, `benchmark._make_stats`, `benchmark.has_error`,
+`config._benchmarksession` with `benchmarks`, `machine_id` and `storage.default_machine_id`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from fp4bench.cases import Case, Selection
+    from fp4bench.devices import Device
+    from fp4bench.evidence.baselines import Baseline, Timing
+    from fp4bench.evidence.verdict import Verdict
+    from fp4bench.timing.clock import Clock, Measurement
+
+# Options that choose cases; those of the reference benchmarks keep their names.
+_LIST_OPTIONS = {
+    "models": "short names, Hugging Face ids, or paths of config.json files",
+    "tp-sizes": "tensor parallel sizes",
+    "batch-sizes": "batch sizes, the m of a GEMM",
+    "had-sizes": "Hadamard sizes of the rotation before quantization: none, 16, 32, 64, 128",
+    "limit-k": "only layers with these k",
+    "limit-n": "only layers with these n",
+    "formats": "FP4 formats: mxfp4, nvfp4",
+    "modes": "GEMM modes: bf16, fp8, w4a16, w4a8, w4a4, w4a4_noquant",
+    "providers": "providers",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fp4bench", "fp4bench: which cases to time")
+    for name, what in _LIST_OPTIONS.items():
+        group.addoption(f"--{name}", nargs="+", metavar="X", help=f"{what}; several, or all. Put the test path before it.")
+    group.addoption("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>")
+    parser.addini("fp4bench_baselines", "Folder of stored runs, one folder a machine; fp4bench acts only where it is set.")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cases(op): run the test once for each selected case of an operation (gemm, quantize)")
+    if not config.getini("fp4bench_baselines") or not config.pluginmanager.hasplugin("benchmark"):
+        return
+    suite = Suite(config)
+    config.stash[_SUITE] = suite
+    config.pluginmanager.register(suite, "fp4bench-suite")
+    try:
+        suite.prepare_options()
+    except ValueError as error:
+        raise pytest.UsageError(f"fp4bench: {error}") from error
+
+
+_SUITE = pytest.StashKey["Suite"]()
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, benchmark: Any) -> Bench:
+    """Checks a case's output against its reference, then times it: `bench(case)`."""
+    suite = request.config.stash.get(_SUITE, None)
+    if suite is None:
+        raise pytest.UsageError("the bench fixture needs `fp4bench_baselines = baselines` in the project's pytest settings")
+    return Bench(suite, benchmark, request.node)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The `bench` fixture of one test."""
+
+    suite: Suite
+    benchmark: Any  # pytest_benchmark.fixture.BenchmarkFixture
+    item: pytest.Item
+
+    def __call__(self, case: Case) -> None:
+        """Prepare the case, compare its output with the reference, then time it and store the record.
+
+        A wrong output raises WrongResultError, and the case stores no number. With --benchmark-disable nothing is timed.
+        """
+        from fp4bench.checking import check
+
+        problem, provider = case.problem, case.provider
+        inputs = self.suite.inputs(case)
+        call = provider.prepare(problem, inputs)
+        agreement = check(problem, inputs, _rule(case), call())
+        self.benchmark._mode = "fp4bench"
+        if self.benchmark.disabled:
+            return
+        measurement = self.suite.clock.measure(call)
+        facts = _facts(case) | {"error": agreement.error, "exact": agreement.exact}
+        self._store(str(case), facts, measurement)
+
+    def _store(self, case_id: str, facts: dict[str, Any], measurement: Measurement) -> None:
+        from fp4bench.evidence.record import make_record
+
+        timed = {"clock": measurement.clock, "l2": measurement.l2, "calls_per_sample": measurement.calls_per_sample}
+        record = make_record(facts | timed, measurement.seconds)
+        benchmark = self.benchmark
+        # Rows of one shape stand together, so that their relative times say which mode and provider is best for it.
+        benchmark.group = "{op} {model}.{layer}.tp{tp}-m{m}".format(**record)
+        benchmark.name = case_id
+        benchmark.params = {"case": case_id}
+        benchmark.extra_info.update(record)
+        stats = benchmark._make_stats(measurement.calls_per_sample)
+        for seconds in measurement.seconds:
+            stats.update(seconds * measurement.calls_per_sample)
+        self.suite.measured[case_id] = self.item
+
+
+class Suite:
+    """One session: the selection, the clock, the baseline, and what was measured."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.folder = config.rootpath / config.getini("fp4bench_baselines")
+        self.baseline: Baseline | None = None
+        self.verdicts: dict[str, Verdict] = {}
+        self.measured: dict[str, pytest.Item] = {}
+        self.notes: list[str] = []
+        self._inputs: tuple[Any, Any] = (None, None)
+
+    # Options
+
+    def prepare_options(self) -> None:
+        """Check options before anything runs, and point pytest-benchmark at this machine's stored runs. Raises ValueError."""
+        option = self.config.option
+        if self._asked() or option.device != "auto":
+            _ = self.selection
+        for path in (option.benchmark_json, option.benchmark_histogram):
+            # pytest-benchmark opens them at the end of the session, and would lose the run.
+            if isinstance(path, str):
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if option.benchmark_storage == "file://./.benchmarks":
+            option.benchmark_storage = f"file://{self.folder}"
+        if option.benchmark_compare and not option.collectonly:
+            self._find_baseline()
+
+    def _find_baseline(self) -> None:
+        from fp4bench.evidence import baselines
+
+        wanted = self.config.option.benchmark_compare
+        if isinstance(wanted, str) and Path(wanted).is_dir():
+            raise ValueError(f"--benchmark-compare took the folder {wanted!r} for its value: put the path first")
+        machine = self.machine_info["machine"]
+        path = baselines.find(self.folder / machine, wanted if isinstance(wanted, str) else None)
+        if path is None:
+            self.notes.append(
+                f"no baseline of {machine} in {self._short(self.folder)}, so nothing was compared; "
+                "record one: pytest perf --benchmark-save=baseline"
+            )
+            self.config.option.benchmark_compare = None
+            return
+        self.baseline = baselines.load(path, machine)
+        self.config.option.benchmark_compare = str(path)
+
+    def _asked(self) -> dict[str, list[str]]:
+        """The list options that were given, by name. Values may be separated by spaces or commas."""
+        asked = {}
+        for option in _LIST_OPTIONS:
+            name = option.replace("-", "_")
+            values = [part for value in self.config.getoption(name) or () for part in value.split(",")]
+            for value in values:
+                if Path(value).is_dir():
+                    raise ValueError(f"--{option} took the folder {value!r} for a value: put the path first")
+            if values:
+                asked[name] = values
+        return asked
+
+    def _short(self, path: Path) -> str:
+        return str(path.relative_to(self.config.rootpath)) if path.is_relative_to(self.config.rootpath) else str(path)
+
+    @cached_property
+    def device(self) -> Device:
+        from fp4bench.devices import find_device
+
+        return find_device(self.config.option.device)
+
+    @cached_property
+    def selection(self) -> Selection:
+        from fp4bench.cases import select
+
+        return select(self._asked(), self.device)
+
+    @cached_property
+    def machine_info(self) -> dict[str, Any]:
+        from fp4bench.timing.machine import machine_info
+
+        return machine_info(self.device)
+
+    @cached_property
+    def clock(self) -> Clock:
+        from fp4bench.timing.clock import clock_for
+
+        return clock_for(self.device)
+
+    def inputs(self, case: Case) -> Any:
+        """The case's inputs; cases of one shape follow each other and share them."""
+        problem = case.problem
+        key = (type(problem), problem.m, problem.k, getattr(problem, "n", None))
+        if self._inputs[0] != key:
+            self._inputs = (None, None)  # frees the old ones first
+            self._inputs = (key, problem.inputs(self.device.torch_name))
+        return self._inputs[1]
+
+    # Hooks
+
+    def pytest_report_header(self) -> str | None:
+        if self.baseline is None:
+            return None
+        cases = len(self.baseline.cases)
+        return f"fp4bench: comparing with {self._short(self.baseline.path)}, {cases} cases of {self.baseline.datetime[:19]}"
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        marker = metafunc.definition.get_closest_marker("cases")
+        if marker is None:
+            return
+        from fp4bench.cases import CASES
+
+        try:
+            cases = list(CASES[marker.args[0]](self.selection))
+        except ValueError as error:  # a provider that cannot be loaded; options were checked before
+            pytest.exit(f"fp4bench: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+        params = []
+        for case in cases:
+            reason = case.provider.why_not(case.problem, self.device)
+            params.append(pytest.param(case, marks=pytest.mark.skip(reason=reason)) if reason else case)
+        metafunc.parametrize("case", params, ids=map(str, cases))
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        option = self.config.option
+        if option.benchmark_save or option.benchmark_autosave:
+            # A run is stored under this machine's key; pytest-benchmark's own has no GPU in it.
+            benchmarks = self.config._benchmarksession  # type: ignore[attr-defined]
+            benchmarks.machine_id = benchmarks.storage.default_machine_id = self.machine_info["machine"]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+        report: Any = yield
+        if report.failed and (benchmark := getattr(item, "funcargs", {}).get("benchmark")):
+            # A case that failed after it was timed must not become a baseline.
+            benchmark.has_error = True
+            self.measured = {case_id: it for case_id, it in self.measured.items() if it is not item}
+        return report
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Iterator[None]:
+        result: Any = yield
+        now = self._timings()
+        from fp4bench.evidence.record import add_speedups
+
+        add_speedups([timing.record for timing in now.values()], {case_id: t.median for case_id, t in now.items()})
+        if self.baseline is not None:
+            self._judge(self.baseline, now)
+            option = self.config.option
+            if not (option.benchmark_verbose or option.benchmark_histogram):
+                # Our table says it in a line a case; pytest-benchmark's would print each case twice.
+                self.config._benchmarksession.quiet = True  # type: ignore[attr-defined]
+        return result
+
+    def _timings(self) -> dict[str, Timing]:
+        from fp4bench.evidence.baselines import Timing
+
+        stored = self.config._benchmarksession.benchmarks  # type: ignore[attr-defined]
+        return {
+            metadata.extra_info["case_id"]: Timing(metadata.stats.median, metadata.stats.min, metadata.extra_info)
+            for metadata in stored
+            if metadata and not metadata.has_error and metadata.extra_info.get("case_id") in self.measured
+        }
+
+    def _judge(self, baseline: Baseline, now: Mapping[str, Timing]) -> None:
+        from fp4bench.evidence.report import duration
+        from fp4bench.evidence.verdict import POLICIES, Outcome, judge
+
+        for case_id, timing in now.items():
+            policy = POLICIES[timing.record["clock"]]
+            before = baseline.cases.get(case_id)
+            verdict = self.verdicts[case_id] = judge(before, timing, policy)
+            if verdict.outcome is Outcome.REGRESSED and before:
+                self._fail(
+                    self.measured[case_id],
+                    f"{case_id} is {verdict.change:.1%} slower than its baseline: {duration(before.median)} then, "
+                    f"{duration(timing.median)} now; both the median and the fastest sample are beyond {policy.threshold:.0%}",
+                )
+
+    def _fail(self, item: pytest.Item, text: str) -> None:
+        """Report a regression as a failed test: exit code 1, FAILURES, JUnit, and `--lf` measures it again."""
+        report = pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call", sections=[], duration=0)
+        self.config.hook.pytest_runtest_logreport(report=report)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        from fp4bench.evidence import report
+
+        baseline = self.baseline
+        if baseline is not None and self.verdicts:
+            terminalreporter.section("fp4bench: baseline and now")
+            lines = report.comparison(baseline, self._timings(), self.verdicts)
+            terminalreporter.write("\n".join((*lines, "")) + "\n")
+            self.notes.append(f"{report.counts(self.verdicts)} against {self._short(baseline.path)}")
+            if changes := report.environment_changes(baseline, self.machine_info):
+                self.notes.append(f"changed since the baseline: {changes}")
+        if self.measured or self.baseline is not None or self.config.option.benchmark_compare is None:
+            for note in self.notes:
+                terminalreporter.write_line(f"fp4bench: {note}")
+
+    # pytest-benchmark's hooks
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
+        return self.machine_info
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_benchmark_compare_machine_info(self, machine_info: Any, compared_benchmark: dict[str, Any]) -> None:
+        # The same machine, as `load` made sure. pytest-benchmark would warn of every new torch; the summary names changes.
+        compared_benchmark["machine_info"] = machine_info
+
+    def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
+        from fp4bench import __version__
+        from fp4bench.evidence.record import FORMAT
+
+        output_json["fp4bench"] = {"format": FORMAT, "version": __version__}
+
+
+def _rule(case: Case) -> Any:
+    """The scale rule of the case: the problem's own, or the one of the provider's GEMMs."""
+    fmt = case.problem.format
+    return getattr(case.problem, "rule", None) or (case.provider.rules[fmt.name][0] if fmt else None)
+
+
+def _facts(case: Case) -> dict[str, Any]:
+    """What a case is, by the keys of a record."""
+    problem, rule = case.problem, _rule(case)
+    mode = getattr(problem, "mode", None)
+    return {
+        "case_id": str(case),
+        "op": problem.op,
+        "format": str(problem.format or mode),
+        "mode": str(mode or rule),
+        "provider": case.provider.name,
+        "provider_version": case.provider.version,
+        "model": problem.model,
+        "layer": problem.layer,
+        "tp": problem.tp,
+        "m": problem.m,
+        "n": getattr(problem, "n", None),
+        "k": problem.k,
+        "hadamard": problem.hadamard,
+        "scale_rule": str(rule) if rule else None,
+        "flops": problem.flops,
+        "bytes": problem.bytes,
+    }

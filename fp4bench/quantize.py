@@ -104,13 +104,16 @@ def decode(q: Quantized) -> torch.Tensor:
     Quantized (..., k) -> float32 (..., k), or (..., k padded) when rotated: rotation spreads values into the padding. Exact for
     MXFP4 (but for products beyond float32's range); for NVFP4 one rounding of code * scale / S.
     """
-    block_scales = scale_values(q)
-    values = e2m1.decode(e2m1.unpack(q.codes)).unflatten(-1, (block_scales.shape[-1], q.format.block_size))
-    values = (values * block_scales[..., None]).flatten(-2)
-    if q.tensor_scale is not None:
-        values /= q.tensor_scale
-    if q.rule.gain != 1.0:
-        values /= q.rule.gain
+    blocks, block_size = q.scales.numel(), q.format.block_size
+    codes, block_scales = q.codes.reshape(blocks, block_size // 2), scale_values(q).reshape(blocks, 1)
+    values = torch.empty(blocks, block_size, dtype=torch.float32, device=q.codes.device)
+    for part in _chunks(values):
+        chunk = torch.mul(e2m1.decode(e2m1.unpack(codes[part])), block_scales[part], out=values[part])
+        if q.tensor_scale is not None:
+            chunk /= q.tensor_scale
+        if q.rule.gain != 1.0:
+            chunk /= q.rule.gain
+    values = values.reshape(*q.codes.shape[:-1], q.codes.shape[-1] * 2)
     return values if q.hadamard else values[..., : q.k]
 
 
