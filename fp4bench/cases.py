@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fp4bench.devices import Device
-from fp4bench.formats import FORMATS, BlockFormat
+from fp4bench.formats import FORMATS, BlockFormat, ScaleRule
 from fp4bench.models import Layer, Model, get_model, layers, model_names
 from fp4bench.problems import BATCH_SIZES, MODES, GemmProblem, Mode, Problem, QuantizeProblem
-from fp4bench.providers import Provider, providers
+from fp4bench.providers import Provider, providers, why_not
 
 HADAMARD_SIZES = (16, 32, 64, 128)
 
@@ -24,6 +24,40 @@ class Case:
 
     def __str__(self) -> str:
         return self.problem.case_id(self.provider.name)
+
+    @property
+    def rule(self) -> ScaleRule | None:
+        """The scale rule of its FP4 operands: a quantization's own, or that of the provider's GEMMs; None without FP4."""
+        if isinstance(self.problem, QuantizeProblem):
+            return self.problem.rule
+        return self.provider.rules[self.problem.format.name][0] if self.problem.format else None
+
+    def facts(self) -> dict[str, Any]:
+        """What the case is, by the keys of a record (`fp4bench.evidence.record.KEYS`)."""
+        problem, rule = self.problem, self.rule
+        gemm = problem if isinstance(problem, GemmProblem) else None
+        return {
+            "case_id": str(self),
+            "op": problem.op,
+            "format": str(problem.format or (gemm and gemm.mode)),
+            "mode": str(gemm.mode if gemm else rule),
+            "provider": self.provider.name,
+            "provider_version": self.provider.version,
+            "model": problem.model,
+            "layer": problem.layer,
+            "tp": problem.tp,
+            "m": problem.m,
+            "n": gemm.n if gemm else None,
+            "k": problem.k,
+            "hadamard": problem.hadamard,
+            "scale_rule": str(rule) if rule else None,
+            "flops": problem.flops,
+            "bytes": problem.bytes,
+        }
+
+    def why_not(self, device: Device) -> str | None:
+        """What keeps the case from running on `device`, or None."""
+        return why_not(self.provider, self.problem, device)
 
 
 @dataclass(frozen=True)

@@ -45,16 +45,18 @@ def check(problem: Problem, inputs: Any, rule: ScaleRule | None, out: Any) -> Ag
 
 
 def _check_gemm(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | None, out: torch.Tensor) -> Agreement:
-    if out.shape != (problem.m, problem.n):
-        raise WrongResultError(f"output has shape {tuple(out.shape)}, not {(problem.m, problem.n)}")
+    if out.shape != (problem.m, problem.n) or out.dtype != torch.bfloat16:
+        raise WrongResultError(f"output is {out.dtype} {tuple(out.shape)}, not {torch.bfloat16} {(problem.m, problem.n)}")
     _refuse(~out.isfinite(), "output is not finite", lambda at: f"{out[at].item()}")
     x = values(_operand(problem, problem.mode.activations, inputs.x, rule))
     w = values(_operand(problem, problem.mode.weights, inputs.w, rule))
     rows = _spread(problem.m, _REFERENCE_FLOPS[x.device.type] / (4 * problem.n * problem.k), x.device)
     x, got = x[rows], out[rows].double()
-    want = x @ w.T
+    want, spread = x @ w.T, (x.square() @ w.square().T).sqrt()
+    # A sum that cancels to 0 leaves float64's own roundings of decoded NVFP4 values.
+    want = torch.where(want.abs() < 2.0**-40 * spread, 0.0, want)
     difference = (got - want).abs()
-    bound = _rounding_bound(problem, x, w, want)
+    bound = _rounding_bound(problem, want, spread)
     _refuse(
         difference > bound,
         "output is wrong",
@@ -64,15 +66,14 @@ def _check_gemm(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | None
     return Agreement(error.item(), torch.equal(got, want.to(out.dtype).double()), len(rows))
 
 
-def _rounding_bound(problem: GemmProblem, x: torch.Tensor, w: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """How far from the reference right hardware may be, element by element. float64 (rows, n)."""
+def _rounding_bound(problem: GemmProblem, want: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """How far from the reference right hardware may be, by element; `spread` is the root of the sum of squared terms."""
     # Products of decoded operands are exact in float32. An addition to a partial sum s errs by at most u |s|, and the errors of
     # many behave like a random walk (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019); so do the partial sums of our random
-    # inputs, which stay within 6 of the standard deviations r of the whole sum. Hence 6 u sqrt(additions) * 6 r, and for the
-    # store bfloat16's unit roundoff, 2**-8.
-    r = (x.square() @ w.square().T).sqrt()
+    # inputs, which stay within 6 times the spread. Hence 6 u sqrt(additions) * 6 spread, and for the store bfloat16's unit
+    # roundoff, 2**-8.
     additions = max(1.0, problem.k / problem.mode.terms_per_addition)
-    summation = 36 * 2.0**-problem.mode.sum_bits * additions**0.5 * r
+    summation = 36 * 2.0**-problem.mode.sum_bits * additions**0.5 * spread
     return summation + 2.0**-8 * (want.abs() + summation)
 
 
@@ -86,25 +87,50 @@ def _operand(problem: GemmProblem, element: str, tensor: torch.Tensor, rule: Sca
 
 
 def _check_quantized(problem: QuantizeProblem, x: torch.Tensor, out: Quantized) -> Agreement:
-    want_codes, want_scales = quantize_by_formula(x, problem.format, problem.rule, problem.hadamard)
-    codes, scale_bytes = e2m1.unpack(out.codes), out.scales.view(torch.uint8)
-    if codes.shape != want_codes.shape or scale_bytes.shape != want_scales.shape:
-        raise WrongResultError(
-            f"{tuple(codes.shape)} codes and {tuple(scale_bytes.shape)} scales, not {tuple(want_codes.shape)} and "
-            f"{tuple(want_scales.shape)}"
-        )
-    scale_off = scale_bytes != want_scales
-    code_off = (codes != want_codes) & ~scale_off.repeat_interleave(problem.format.block_size, dim=-1)
-    # A rotation's additions round in another order: 1 code or scale in 10,000 may be the neighbour of the right one.
-    allowed = 1e-4 if problem.hadamard else 0.0
-    for what, off, steps in (
-        ("scale", scale_off, (scale_bytes.int() - want_scales.int()).abs()),
-        ("code", code_off, (_signed(codes) - _signed(want_codes)).abs()),
+    for what, got, right in (
+        ("format", out.format, problem.format),
+        ("scale rule", out.rule, problem.rule),
+        ("rotation", out.hadamard, problem.hadamard),
+        ("shape", out.shape, (problem.m, problem.k)),
+        ("dtype of the codes", out.codes.dtype, torch.uint8),
+        ("dtype of the scales", out.scales.dtype, problem.format.scale_dtype),
     ):
-        far = off & (steps > 1)
-        if off.double().mean().item() > allowed or bool(far.any()):
-            _refuse(off, f"{what} is wrong", lambda at: "")
+        if got != right:
+            raise WrongResultError(f"the {what} is {got}, not {right}")
+    want = quantize_by_formula(x, problem.format, problem.rule, problem.hadamard)
+    codes, scale_bytes = e2m1.unpack(out.codes), out.scales.view(torch.uint8)
+    if codes.shape != want.codes.shape or scale_bytes.shape != want.scales.shape:
+        raise WrongResultError(
+            f"{tuple(codes.shape)} codes and {tuple(scale_bytes.shape)} scales, not {tuple(want.codes.shape)} and "
+            f"{tuple(want.scales.shape)}"
+        )
+    # A rotation's additions round in another order: then 1 code or scale in 10,000 may be the neighbour of the right one.
+    allowed = 1e-4 if problem.hadamard else 0.0
+    _check_tensor_scale(out.tensor_scale, want.tensor_scale, allowed)
+    scale_off = scale_bytes != want.scales
+    code_off = (codes != want.codes) & ~scale_off.repeat_interleave(problem.format.block_size, dim=-1)
+    _check_bytes("scale", scale_bytes, want.scales, scale_off, scale_bytes.int() - want.scales.int(), allowed)
+    _check_bytes("code", codes, want.codes, code_off, _signed(codes) - _signed(want.codes), allowed)
     return Agreement(code_off.double().mean().item(), not bool(scale_off.any() or code_off.any()), problem.m)
+
+
+def _check_tensor_scale(got: torch.Tensor | None, want: torch.Tensor | None, allowed: float) -> None:
+    if got is None or want is None:
+        right = got is want
+    else:
+        right = got.shape == () and got.dtype == torch.float32 and abs(got.item() / want.item() - 1) <= allowed
+    if not right:
+        raise WrongResultError(f"the tensor scale is {got}, not {want}")
+
+
+def _check_bytes(
+    what: str, got: torch.Tensor, want: torch.Tensor, off: torch.Tensor, steps: torch.Tensor, allowed: float
+) -> None:
+    """Refuse bytes that are off by more than a step, or more of them than allowed."""
+    far = off & (steps.abs() > 1)
+    bad = far if far.any() else off
+    if far.any() or off.double().mean().item() > allowed:
+        _refuse(bad, f"{what} is wrong", lambda at: f"{got[at].item():#x} where the reference is {want[at].item():#x}")
 
 
 def _signed(codes: torch.Tensor) -> torch.Tensor:
@@ -123,6 +149,4 @@ def _refuse(bad: torch.Tensor, message: str, describe: Callable[[tuple[int, ...]
     """Raise WrongResultError with the count and the first place of the elements that are bad, if any is."""
     if bad.any():
         at = tuple(bad.nonzero()[0].tolist())
-        raise WrongResultError(
-            f"{message} in {int(bad.sum())} of {bad.numel()} elements, first at {list(at)} {describe(at)}".rstrip()
-        )
+        raise WrongResultError(f"{message} in {int(bad.sum())} of {bad.numel()} elements, first at {list(at)}: {describe(at)}")

@@ -37,8 +37,8 @@ def find_device(wanted: str = "auto") -> Device:
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return Device("cpu", cpu_name())
-    kind, _, index = ("cuda" if wanted == "auto" else wanted).partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
+    kind, colon, index = ("cuda" if wanted == "auto" else wanted).partition(":")
+    if kind != "cuda" or (colon and not (index.isascii() and index.isdecimal())):
         raise ValueError(f"unknown device {wanted!r}: it is auto, cpu, cuda or cuda:<index>")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     number = int(index or 0)

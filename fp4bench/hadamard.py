@@ -12,7 +12,7 @@ def hadamard_matrix(size: int, dtype: torch.dtype = torch.float32, device: torch
 
     The entries are rounded to `dtype`: in bfloat16 it is exactly orthonormal only for sizes that are powers of 4.
     """
-    _check_size(size)
+    check_size(size)
     h = torch.ones(1, 1, dtype=torch.float64, device=device)
     while h.shape[0] < size:
         h = torch.cat((torch.cat((h, h), dim=1), torch.cat((h, -h), dim=1)))
@@ -25,7 +25,7 @@ def rotate(x: torch.Tensor, size: int) -> torch.Tensor:
     A butterfly of float32 additions and one multiplication at the end, always in the same order: the same bits on every device,
     which a matrix product would not give. Raises ValueError if k is not a multiple of `size`.
     """
-    _check_size(size)
+    check_size(size)
     if x.shape[-1] % size:
         raise ValueError(f"cannot rotate k = {x.shape[-1]} by a Hadamard matrix of {size}: k must be a multiple of it")
     y = x.float()
@@ -42,6 +42,7 @@ def unrotate(y: torch.Tensor, size: int) -> torch.Tensor:
     return rotate(y, size)
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
+    """Raise ValueError where there is no Hadamard matrix of this size: it must be a power of two."""
     if size < 1 or size & (size - 1):
         raise ValueError(f"there is no Hadamard matrix of size {size} here: the size must be a power of two")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def read_config(path: Path) -> Model:
     if not isinstance(config, dict):
         raise ValueError(f"the model config {path} is not a JSON object")
     shapes = _model(config, "", source=str(path))
-    stem = "".join(c if c.isalnum() or c in "._" else "-" for c in path.resolve().parent.name.lower())
+    stem = "".join(c if c.isalnum() or c in "._" else "-" for c in path.absolute().parent.name.lower())
     return _model(config, f"{stem}-{sha256(repr(shapes).encode()).hexdigest()[:6]}", source=str(path))
 
 
@@ -149,49 +149,84 @@ def _split(model: Model, what: str, size: int, tp: int) -> int:
     return size // tp
 
 
-def _model(config: Mapping[str, Any], name: str, source: str) -> Model:
-    config = config.get("text_config", config)  # multimodal models nest their decoder
+class _Fields:
+    """The fields of a config that give shapes, each a positive whole number where it is there at all."""
 
-    def field(*names: str) -> int:
-        for key in names:
-            value = config.get(key)
-            if isinstance(value, int) and value > 0:
+    def __init__(self, config: Any, source: str) -> None:
+        # Multimodal models nest their decoder.
+        nested = config.get("text_config")
+        self.config = config if nested in (None, {}) else nested
+        self.source = source
+        if not isinstance(self.config, dict):
+            raise ValueError(f"the text_config of the model config {source} is not a JSON object")
+
+    def optional(self, *names: str) -> int | None:
+        """The first of these that is there; null and 0 count as absent."""
+        for name in names:
+            value = self.config.get(name)
+            if type(value) is not int and value is not None:
+                self._refuse(name, value)
+            if value:
+                if value < 0:
+                    self._refuse(name, value)
                 return value
-        raise ValueError(f"the model config {source} has no {' or '.join(names)}: layer shapes cannot be told from it")
+        return None
 
-    hidden, heads = field("hidden_size"), field("num_attention_heads")
-    moe = _experts(config, field)
-    dense = moe is None or _has_dense_layers(config)
+    def required(self, *names: str) -> int:
+        value = self.optional(*names)
+        if value is None:
+            raise ValueError(f"the model config {self.source} has no {' or '.join(names)}: layer shapes cannot be told from it")
+        return value
+
+    def _refuse(self, name: str, value: object) -> NoReturn:
+        raise ValueError(f"the model config {self.source} has {name} = {value!r}, which is not a positive whole number")
+
+
+def _model(config: Mapping[str, Any], name: str, source: str) -> Model:
+    fields = _Fields(config, source)
+    hidden, heads = fields.required("hidden_size"), fields.required("num_attention_heads")
+    routed = _experts(fields)
     return Model(
         name,
         hidden,
         heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        intermediate=field("intermediate_size") if dense else None,
-        experts=moe,
-        shared_intermediate=moe.intermediate * config["n_shared_experts"] if moe and config.get("n_shared_experts") else None,
-        latent=_latent(config, field) if config.get("kv_lora_rank") else None,
+        kv_heads=fields.optional("num_key_value_heads") or heads,
+        head_dim=fields.optional("head_dim") or hidden // heads,
+        intermediate=fields.required("intermediate_size") if routed is None or _has_dense_layers(fields) else None,
+        experts=routed,
+        shared_intermediate=_shared_intermediate(fields, routed),
+        latent=_latent(fields),
     )
 
 
-def _experts(config: Mapping[str, Any], field: Any) -> Experts | None:
-    counts = ("num_experts", "num_local_experts", "n_routed_experts")
-    if not any(config.get(key) for key in counts):
+def _experts(fields: _Fields) -> Experts | None:
+    count = fields.optional("num_experts", "num_local_experts", "n_routed_experts")
+    if count is None:
         return None
-    return Experts(field(*counts), field("num_experts_per_tok"), field("moe_intermediate_size", "intermediate_size"))
+    intermediate = fields.required("moe_intermediate_size", "intermediate_size")
+    return Experts(count, fields.required("num_experts_per_tok"), intermediate)
 
 
-def _has_dense_layers(config: Mapping[str, Any]) -> bool:
+def _shared_intermediate(fields: _Fields, routed: Experts | None) -> int | None:
+    """Qwen gives the shared expert's size, DeepSeek the number of shared experts, each as large as a routed one."""
+    shared = fields.optional("n_shared_experts")
+    if routed and shared:
+        return shared * routed.intermediate
+    return fields.optional("shared_expert_intermediate_size")
+
+
+def _has_dense_layers(fields: _Fields) -> bool:
     """Whether a MoE model has dense MLPs too: DeepSeek's first layers, Qwen's sparse step and exceptions."""
-    return bool(
-        config.get("first_k_dense_replace") or config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) > 1
-    )
+    sparse_step = fields.optional("decoder_sparse_step") or 1
+    return bool(fields.optional("first_k_dense_replace") or fields.config.get("mlp_only_layers") or sparse_step > 1)
 
 
-def _latent(config: Mapping[str, Any], field: Any) -> LatentAttention:
-    dims = (field(key) for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
-    return LatentAttention(config.get("q_lora_rank"), *dims)
+def _latent(fields: _Fields) -> LatentAttention | None:
+    kv_rank = fields.optional("kv_lora_rank")
+    if kv_rank is None:
+        return None
+    dims = (fields.required(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    return LatentAttention(fields.optional("q_lora_rank"), kv_rank, *dims)
 
 
 def _llama(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:

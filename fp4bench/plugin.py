@@ -7,10 +7,12 @@ What it knows of pytest-benchmark's insides (5.1 to 5.3): `benchmark._mode`, `be
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -41,6 +43,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, what in _LIST_OPTIONS.items():
         group.addoption(f"--{name}", nargs="+", metavar="X", help=f"{what}; several, or all. Put the test path before it.")
     group.addoption("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>")
+    group.addoption(
+        "--confirm", type=int, metavar="N", help="measure a slower case N times again; it fails if slower every time"
+    )
     parser.addini("fp4bench_baselines", "Folder of stored runs, one folder a machine; fp4bench acts only where it is set.")
 
 
@@ -85,32 +90,34 @@ class Bench:
         """
         from fp4bench.checking import check
 
-        problem, provider = case.problem, case.provider
         inputs = self.suite.inputs(case)
-        call = provider.prepare(problem, inputs)
-        agreement = check(problem, inputs, _rule(case), call())
+        call = case.provider.prepare(case.problem, inputs)
+        agreement = check(case.problem, inputs, case.rule, call())
         self.benchmark._mode = "fp4bench"
         if self.benchmark.disabled:
             return
         measurement = self.suite.clock.measure(call)
-        facts = _facts(case) | {"error": agreement.error, "exact": agreement.exact}
-        self._store(str(case), facts, measurement)
+        record = _record(case, measurement) | {"error": agreement.error, "exact": agreement.exact}
+        self._store(record, measurement)
+        self.suite.measured[str(case)] = self.item, case
 
-    def _store(self, case_id: str, facts: dict[str, Any], measurement: Measurement) -> None:
-        from fp4bench.evidence.record import make_record
-
-        timed = {"clock": measurement.clock, "l2": measurement.l2, "calls_per_sample": measurement.calls_per_sample}
-        record = make_record(facts | timed, measurement.seconds)
+    def _store(self, record: dict[str, Any], measurement: Measurement) -> None:
         benchmark = self.benchmark
         # Rows of one shape stand together, so that their relative times say which mode and provider is best for it.
         benchmark.group = "{op} {model}.{layer}.tp{tp}-m{m}".format(**record)
-        benchmark.name = case_id
-        benchmark.params = {"case": case_id}
+        benchmark.name = record["case_id"]
+        benchmark.params = {"case": record["case_id"]}
         benchmark.extra_info.update(record)
         stats = benchmark._make_stats(measurement.calls_per_sample)
         for seconds in measurement.seconds:
             stats.update(seconds * measurement.calls_per_sample)
-        self.suite.measured[case_id] = self.item
+
+
+def _record(case: Case, measurement: Measurement) -> dict[str, Any]:
+    from fp4bench.evidence.record import make_record
+
+    timed = {"clock": measurement.clock, "l2": measurement.l2, "calls_per_sample": measurement.calls_per_sample}
+    return make_record(case.facts() | timed, measurement.seconds)
 
 
 class Suite:
@@ -121,23 +128,28 @@ class Suite:
         self.folder = config.rootpath / config.getini("fp4bench_baselines")
         self.baseline: Baseline | None = None
         self.verdicts: dict[str, Verdict] = {}
-        self.measured: dict[str, pytest.Item] = {}
+        self.measured: dict[str, tuple[pytest.Item, Case]] = {}
         self.notes: list[str] = []
+        self.broken: ValueError | None = None
         self._inputs: tuple[Any, Any] = (None, None)
 
     # Options
 
     def prepare_options(self) -> None:
         """Check options before anything runs, and point pytest-benchmark at this machine's stored runs. Raises ValueError."""
+        from pytest_benchmark.logger import PytestBenchmarkWarning
+
         option = self.config.option
         if self._asked() or option.device != "auto":
             _ = self.selection
-        for path in (option.benchmark_json, option.benchmark_histogram):
-            # pytest-benchmark opens them at the end of the session, and would lose the run.
-            if isinstance(path, str):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(option.benchmark_json, Path):
+            # pytest-benchmark opens the file at the end of the session: without its folder the run would be lost.
+            option.benchmark_json.parent.mkdir(parents=True, exist_ok=True)
         if option.benchmark_storage == "file://./.benchmarks":
             option.benchmark_storage = f"file://{self.folder}"
+        # pytest-benchmark warns at the end of a session, outside of any test ("nothing to save"): as an error it would hide the
+        # failures.
+        warnings.filterwarnings("default", category=PytestBenchmarkWarning)
         if option.benchmark_compare and not option.collectonly:
             self._find_baseline()
 
@@ -201,11 +213,10 @@ class Suite:
 
     def inputs(self, case: Case) -> Any:
         """The case's inputs; cases of one shape follow each other and share them."""
-        problem = case.problem
-        key = (type(problem), problem.m, problem.k, getattr(problem, "n", None))
+        key = (case.problem.op, case.problem.shape)
         if self._inputs[0] != key:
             self._inputs = (None, None)  # frees the old ones first
-            self._inputs = (key, problem.inputs(self.device.torch_name))
+            self._inputs = (key, case.problem.inputs(self.device.torch_name))
         return self._inputs[1]
 
     # Hooks
@@ -224,13 +235,17 @@ class Suite:
 
         try:
             cases = list(CASES[marker.args[0]](self.selection))
-        except ValueError as error:  # a provider that cannot be loaded; options were checked before
-            pytest.exit(f"fp4bench: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+        except ValueError as error:  # a provider that is none; options were checked before
+            self.broken, cases = error, []  # raised here it would be one file's collection error
         params = []
         for case in cases:
-            reason = case.provider.why_not(case.problem, self.device)
+            reason = case.why_not(self.device)
             params.append(pytest.param(case, marks=pytest.mark.skip(reason=reason)) if reason else case)
         metafunc.parametrize("case", params, ids=map(str, cases))
+
+    def pytest_collection_modifyitems(self) -> None:
+        if self.broken:
+            raise pytest.UsageError(f"fp4bench: {self.broken}")
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         option = self.config.option
@@ -245,7 +260,7 @@ class Suite:
         if report.failed and (benchmark := getattr(item, "funcargs", {}).get("benchmark")):
             # A case that failed after it was timed must not become a baseline.
             benchmark.has_error = True
-            self.measured = {case_id: it for case_id, it in self.measured.items() if it is not item}
+            self.measured = {case_id: (it, case) for case_id, (it, case) in self.measured.items() if it is not item}
         return report
 
     @pytest.hookimpl(wrapper=True)
@@ -274,19 +289,30 @@ class Suite:
         }
 
     def _judge(self, baseline: Baseline, now: Mapping[str, Timing]) -> None:
+        from fp4bench.evidence.gate import judge_run
         from fp4bench.evidence.report import duration
-        from fp4bench.evidence.verdict import POLICIES, Outcome, judge
+        from fp4bench.evidence.verdict import POLICIES, Outcome
 
-        for case_id, timing in now.items():
-            policy = POLICIES[timing.record["clock"]]
-            before = baseline.cases.get(case_id)
-            verdict = self.verdicts[case_id] = judge(before, timing, policy)
-            if verdict.outcome is Outcome.REGRESSED and before:
-                self._fail(
-                    self.measured[case_id],
-                    f"{case_id} is {verdict.change:.1%} slower than its baseline: {duration(before.median)} then, "
-                    f"{duration(timing.median)} now; both the median and the fastest sample are beyond {policy.threshold:.0%}",
+        policy = POLICIES[self.clock.name]
+        if self.config.option.confirm is not None:
+            policy = replace(policy, repetitions=self.config.option.confirm)
+        self.verdicts = judge_run(baseline, now, policy, self._measure_again)
+        for case_id, verdict in self.verdicts.items():
+            if verdict.outcome is Outcome.REGRESSED:
+                then, here = duration(baseline.cases[case_id].median), duration(now[case_id].median)
+                text = (
+                    f"{case_id} is {verdict.change:.1%} slower than its baseline: {then} then, {here} now. "
+                    f"Its median and its fastest sample are slower by more than {policy.threshold:.0%}, "
+                    f"in {policy.repetitions} repetitions too."
                 )
+                self._fail(self.measured[case_id][0], text)
+
+    def _measure_again(self, case_id: str) -> Timing:
+        from fp4bench.evidence.baselines import Timing
+
+        case = self.measured[case_id][1]
+        measurement = self.clock.measure(case.provider.prepare(case.problem, self.inputs(case)))
+        return Timing(median(measurement.seconds), min(measurement.seconds), _record(case, measurement))
 
     def _fail(self, item: pytest.Item, text: str) -> None:
         """Report a regression as a failed test: exit code 1, FAILURES, JUnit, and `--lf` measures it again."""
@@ -303,11 +329,12 @@ class Suite:
             lines = report.comparison(baseline, self._timings(), self.verdicts)
             terminalreporter.write("\n".join((*lines, "")) + "\n")
             self.notes.append(f"{report.counts(self.verdicts)} against {self._short(baseline.path)}")
+            if left := baseline.cases.keys() - self.verdicts.keys():
+                self.notes.append(f"{len(left)} cases of the baseline were not timed now")
             if changes := report.environment_changes(baseline, self.machine_info):
                 self.notes.append(f"changed since the baseline: {changes}")
-        if self.measured or self.baseline is not None or self.config.option.benchmark_compare is None:
-            for note in self.notes:
-                terminalreporter.write_line(f"fp4bench: {note}")
+        for note in self.notes:
+            terminalreporter.write_line(f"fp4bench: {note}")
 
     # pytest-benchmark's hooks
 
@@ -325,33 +352,3 @@ class Suite:
         from fp4bench.evidence.record import FORMAT
 
         output_json["fp4bench"] = {"format": FORMAT, "version": __version__}
-
-
-def _rule(case: Case) -> Any:
-    """The scale rule of the case: the problem's own, or the one of the provider's GEMMs."""
-    fmt = case.problem.format
-    return getattr(case.problem, "rule", None) or (case.provider.rules[fmt.name][0] if fmt else None)
-
-
-def _facts(case: Case) -> dict[str, Any]:
-    """What a case is, by the keys of a record."""
-    problem, rule = case.problem, _rule(case)
-    mode = getattr(problem, "mode", None)
-    return {
-        "case_id": str(case),
-        "op": problem.op,
-        "format": str(problem.format or mode),
-        "mode": str(mode or rule),
-        "provider": case.provider.name,
-        "provider_version": case.provider.version,
-        "model": problem.model,
-        "layer": problem.layer,
-        "tp": problem.tp,
-        "m": problem.m,
-        "n": getattr(problem, "n", None),
-        "k": problem.k,
-        "hadamard": problem.hadamard,
-        "scale_rule": str(rule) if rule else None,
-        "flops": problem.flops,
-        "bytes": problem.bytes,
-    }

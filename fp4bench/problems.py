@@ -67,6 +67,16 @@ class GemmProblem:
     format: BlockFormat | None = None
     hadamard: int | None = None
 
+    def __post_init__(self) -> None:
+        if min(self.m, self.n, self.k) < 1:
+            raise ValueError(f"{self} has m = {self.m}, n = {self.n}, k = {self.k}: each must be at least 1")
+        if (self.mode.weights == "fp4") != (self.format is not None):
+            raise ValueError(
+                f"{self}: mode {self.mode} {'needs an FP4 format' if self.format is None else 'has no FP4 format'}"
+            )
+        if self.hadamard and self.mode.activations != "fp4":
+            raise ValueError(f"{self}: mode {self.mode} has no rotation, which needs FP4 weights and activations")
+
     def case_id(self, provider: str = "") -> str:
         """`<op>-<format>-<mode>[-had<size>][-<provider>]-<model>.<layer>.tp<t>-m<m>`, the key of a baseline."""
         what = (str(self.format), self.mode.name) if self.format else (self.mode.name,)
@@ -74,6 +84,11 @@ class GemmProblem:
 
     def __str__(self) -> str:
         return self.case_id()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Problems of one operation and shape have the same inputs."""
+        return self.m, self.n, self.k
 
     @property
     def flops(self) -> int:
@@ -89,7 +104,9 @@ class GemmProblem:
 
     def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> GemmInputs:
         """Normal values from `seed`; w is scaled by k**-0.5 so that outputs stay near 1. Devices draw different values."""
-        return GemmInputs(_normal(self.m, self.k, device, seed), _normal(self.n, self.k, device, seed + 1) * self.k**-0.5)
+        return GemmInputs(
+            _normal(self.m, self.k, device, 2 * seed), _normal(self.n, self.k, device, 2 * seed + 1) * self.k**-0.5
+        )
 
     def _operand_bytes(self, rows: int, element: str) -> int:
         if element == "bf16":
@@ -115,12 +132,22 @@ class QuantizeProblem:
     rule: ScaleRule
     hadamard: int | None = None
 
+    def __post_init__(self) -> None:
+        if min(self.m, self.k) < 1:
+            raise ValueError(f"{self} has m = {self.m}, k = {self.k}: each must be at least 1")
+        if self.rule not in self.format.rules:
+            raise ValueError(f"{self}: {self.format} has no scale rule {self.rule}")
+
     def case_id(self, provider: str = "") -> str:
         """As `GemmProblem.case_id`, with the scale rule in the place of the mode."""
         return _case_id(self, (str(self.format), str(self.rule)), provider)
 
     def __str__(self) -> str:
         return self.case_id()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.m, self.k
 
     @property
     def flops(self) -> int:
@@ -133,7 +160,7 @@ class QuantizeProblem:
 
     def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> torch.Tensor:
         """bfloat16 (m, k), normal values from `seed`."""
-        return _normal(self.m, self.k, device, seed)
+        return _normal(self.m, self.k, device, 2 * seed)
 
 
 Problem = GemmProblem | QuantizeProblem

@@ -2,7 +2,7 @@
 
 MXFP4: e = rule(amax of 32), codes = E2M1(x / 2**e). OCP Microscaling Formats v1.0, section 6.3.
 NVFP4, in the order of Transformer Engine: encode scale S = 2688 / amax(x) (2688 = 448 * 6, so that the largest block scale is
-448), block scale s = E4M3(amax of 16 * (S / 6)), codes = E2M1(x * (1 / (s * (1 / S)))), all in float32.
+448), block scale s = E4M3(amax of 16 * (S * (1 / 6))), codes = E2M1(x * (1 / (s * (1 / S)))), all in float32.
 
 Also FP8 activations with one scale a row, for the W4A8 mode.
 """
@@ -15,9 +15,10 @@ import torch
 from torch.nn.functional import pad
 
 from fp4bench.formats import BlockFormat, ScaleRule, e2m1, scales
-from fp4bench.hadamard import rotate, unrotate
+from fp4bench.hadamard import check_size, rotate, unrotate
 
-# Values quantized at once: the float32 temporaries of a chunk stay in a CPU's cache, and far below 6x the input in memory.
+# Values handled at once: the float32 temporaries of a chunk stay in a CPU's cache, and far below 6x the input in memory.
+# 8192x8192 bfloat16 to MXFP4 on 2 cores (AMD EPYC, AVX-512): 0.83 s by 2**14, 0.30 s by 2**18, 1.13 s by 2**26.
 _CHUNK_CPU = 1 << 18
 _CHUNK_GPU = 1 << 25
 
@@ -64,11 +65,13 @@ def quantize(
     tensor_scale: NVFP4's encode scale S, where it is known beforehand (static quantization); default 2688 / amax(x).
     scale_floor: smallest NVFP4 block scale, 0 as in Transformer Engine; torchao uses 2**-6.
 
-    A block that holds NaN or infinity gets the NaN scale and decodes to NaN; its codes mean nothing.
-    Raises TypeError for other dtypes, ValueError for a rule or a scale that the format does not have.
+    A block that holds NaN or infinity gets the NaN scale and decodes to NaN; its codes mean nothing. Under a rotation this
+    holds for all blocks that are rotated together.
+    Raises TypeError for other dtypes, ValueError for a rule, rotation or scale that the format does not have.
     """
     rule = rule or format.default_rule
-    _check_arguments(x, format, rule, tensor_scale, scale_floor)
+    _check_arguments(x, format, rule, hadamard, tensor_scale, scale_floor)
+    x = x.detach()
     k = x.shape[-1]
     group = lcm(format.block_size, hadamard or 1)
     groups = pad(x, (0, -k % group)).reshape(-1, group) if k % group else x.reshape(prod(x.shape) // group, group)
@@ -98,21 +101,24 @@ def quantize(
     )
 
 
-def decode(q: Quantized) -> torch.Tensor:
+def decode(q: Quantized, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The values that codes and scales stand for, padding dropped, still rotated where `q.hadamard` is set.
 
-    Quantized (..., k) -> float32 (..., k), or (..., k padded) when rotated: rotation spreads values into the padding. Exact for
-    MXFP4 (but for products beyond float32's range); for NVFP4 one rounding of code * scale / S.
+    Quantized (..., k) -> dtype (..., k), or (..., k padded) when rotated: rotation spreads values into the padding. Computed in
+    `dtype`, float32 or float64. In float32 MXFP4's own rules are exact (but for products beyond its range); NVFP4 rounds
+    code * scale / S once, and QUTLASS_ABS_MAX code / 3.
     """
     blocks, block_size = q.scales.numel(), q.format.block_size
     codes, block_scales = q.codes.reshape(blocks, block_size // 2), scale_values(q).reshape(blocks, 1)
-    values = torch.empty(blocks, block_size, dtype=torch.float32, device=q.codes.device)
+    values = torch.empty(blocks, block_size, dtype=dtype, device=q.codes.device)
+    gain = torch.full((), q.rule.gain, dtype=dtype, device=q.codes.device)
     for part in _chunks(values):
-        chunk = torch.mul(e2m1.decode(e2m1.unpack(codes[part])), block_scales[part], out=values[part])
+        elements = e2m1.decode(e2m1.unpack(codes[part])).to(dtype)
+        if q.rule.gain != 1.0:
+            elements /= gain
+        chunk = torch.mul(elements, block_scales[part], out=values[part])
         if q.tensor_scale is not None:
             chunk /= q.tensor_scale
-        if q.rule.gain != 1.0:
-            chunk /= q.rule.gain
     values = values.reshape(*q.codes.shape[:-1], q.codes.shape[-1] * 2)
     return values if q.hadamard else values[..., : q.k]
 
@@ -139,10 +145,11 @@ class RowQuantized:
 
 
 def quantize_fp8_rows(x: torch.Tensor) -> RowQuantized:
-    """Each row to E4M3 by its own scale amax / 448 (1 for a row of zeros). float (..., k) -> RowQuantized."""
+    """Each row to E4M3 by its own scale amax / 448. float (..., k) -> RowQuantized."""
     x = x.float()
     amax = x.abs().amax(dim=-1, keepdim=True)
-    row_scales = torch.where(amax > 0, amax / scales.E4M3_MAX, 1.0)
+    # A quotient of tensors is correctly rounded; by a Python number it may be a product with the reciprocal.
+    row_scales = (amax / torch.full_like(amax, scales.E4M3_MAX)).clamp(min=torch.finfo(torch.float32).tiny)
     return RowQuantized(scales.e4m3_encode(x / row_scales), row_scales)
 
 
@@ -152,7 +159,12 @@ def decode_fp8_rows(q: RowQuantized) -> torch.Tensor:
 
 
 def _check_arguments(
-    x: torch.Tensor, format: BlockFormat, rule: ScaleRule, tensor_scale: torch.Tensor | float | None, scale_floor: float
+    x: torch.Tensor,
+    format: BlockFormat,
+    rule: ScaleRule,
+    hadamard: int | None,
+    tensor_scale: torch.Tensor | float | None,
+    scale_floor: float,
 ) -> None:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"quantize takes float32, bfloat16 or float16, not {x.dtype}")
@@ -162,6 +174,12 @@ def _check_arguments(
         raise ValueError(f"{format} has no scale rule {rule}; it has {', '.join(map(str, format.rules))}")
     if not format.has_tensor_scale and (tensor_scale is not None or scale_floor):
         raise ValueError(f"{format} has no tensor scale: leave tensor_scale and scale_floor out")
+    if hadamard is not None:
+        check_size(hadamard)
+    if isinstance(tensor_scale, torch.Tensor) and tensor_scale.numel() != 1:
+        raise ValueError(f"tensor_scale is one number, not a tensor of shape {tuple(tensor_scale.shape)}")
+    if isinstance(tensor_scale, float | int) and not 0 < tensor_scale < float("inf"):
+        raise ValueError(f"tensor_scale is a positive and finite number, not {tensor_scale}")
 
 
 def _chunks(groups: torch.Tensor) -> Iterator[slice]:
@@ -192,7 +210,9 @@ def _encode_scale(groups: torch.Tensor, hadamard: int | None, given: torch.Tenso
     for part in _chunks(groups):
         amax = torch.maximum(amax, _values(groups[part], hadamard).abs().amax())
     usable = (amax > 0) & amax.isfinite()
-    return torch.where(usable, (scales.E4M3_MAX * e2m1.MAX / amax).clamp(max=_FLOAT_MAX), 1.0)
+    # A quotient of tensors: number / tensor is number * reciprocal in torch, which rounds twice.
+    scale = torch.full_like(amax, scales.E4M3_MAX * e2m1.MAX) / amax
+    return torch.where(usable, scale.clamp(max=_FLOAT_MAX), 1.0)
 
 
 def _two_level_scales(amax: torch.Tensor, encode_scale: torch.Tensor, floor: float) -> torch.Tensor:

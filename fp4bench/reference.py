@@ -12,7 +12,7 @@ from torch.nn.functional import pad, silu
 
 from fp4bench.formats import BlockFormat, ScaleRule, scales
 from fp4bench.hadamard import hadamard_matrix
-from fp4bench.quantize import Quantized, RowQuantized, decode, decode_fp8_rows
+from fp4bench.quantize import Quantized, RowQuantized, decode
 
 Operand = torch.Tensor | Quantized | RowQuantized
 
@@ -20,9 +20,9 @@ Operand = torch.Tensor | Quantized | RowQuantized
 def values(operand: Operand) -> torch.Tensor:
     """What an operand stands for, in float64. A rotated operand stays rotated, its padding with it."""
     if isinstance(operand, Quantized):
-        return decode(operand).double()
+        return decode(operand, torch.float64)
     if isinstance(operand, RowQuantized):
-        return decode_fp8_rows(operand).double()
+        return operand.values.double() * operand.scales.double()
     return operand.double()
 
 
@@ -66,13 +66,20 @@ def moe(x: Operand, gate_up: Sequence[Operand], down: Sequence[Operand], routing
     return y
 
 
-def quantize_by_formula(
-    x: torch.Tensor, format: BlockFormat, rule: ScaleRule, hadamard: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True, eq=False)
+class Formula:
+    """What the formulas give for (..., k) values: codes uint8 (..., k padded), one code each; scale bytes uint8 (..., blocks);
+    NVFP4's encode scale, float32 ()."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    tensor_scale: torch.Tensor | None
+
+
+def quantize_by_formula(x: torch.Tensor, format: BlockFormat, rule: ScaleRule, hadamard: int | None = None) -> Formula:
     """Codes and scale bytes by the formulas of the rules, with frexp and a search among the code values.
 
     A second way to what `fp4bench.quantize.quantize` gives, sharing only the cast to E4M3 with it. Finite values only.
-    float (..., k) -> uint8 (..., k padded), one code each, and uint8 (..., k padded / block size).
     """
     padded = pad(x.double(), (0, -x.shape[-1] % lcm(format.block_size, hadamard or 1)))
     if hadamard:
@@ -80,8 +87,13 @@ def quantize_by_formula(
         padded = (padded.unflatten(-1, (-1, hadamard)) @ matrix).flatten(-2).float().double()
     blocks = padded.unflatten(-1, (-1, format.block_size))
     amax = blocks.abs().amax(dim=-1).float()
-    scale_bytes, elements = _two_level(blocks, amax) if format.has_tensor_scale else _power_of_two(blocks, amax, rule)
-    return _nearest_codes(elements).flatten(-2), scale_bytes
+    if format.has_tensor_scale:
+        tensor_scale = _encode_scale(amax)
+        scale_bytes, elements = _two_level(blocks, amax, tensor_scale)
+    else:
+        tensor_scale = None
+        scale_bytes, elements = _power_of_two(blocks, amax, rule)
+    return Formula(_nearest_codes(elements).flatten(-2), scale_bytes, tensor_scale)
 
 
 def _power_of_two(blocks: torch.Tensor, amax: torch.Tensor, rule: ScaleRule) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +107,7 @@ def _power_of_two(blocks: torch.Tensor, amax: torch.Tensor, rule: ScaleRule) -> 
         e = exponent - 1 - 2 + (mantissa >= 0.875)
     elif rule is ScaleRule.RCEIL:
         mantissa, exponent = torch.frexp(amax * (1.0 / 6.0))
-        e = exponent - 1 + (mantissa > 0.5)
+        e = torch.where(mantissa > 0, exponent - 1 + (mantissa > 0.5), -127)
     else:
         e = torch.frexp(amax + 1e-8).exponent - 1
     nothing = (amax == 0) & (rule is not ScaleRule.QUTLASS_ABS_MAX)
@@ -104,10 +116,14 @@ def _power_of_two(blocks: torch.Tensor, amax: torch.Tensor, rule: ScaleRule) -> 
     return (e + 127).to(torch.uint8), elements.double()
 
 
-def _two_level(blocks: torch.Tensor, amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # Float32 step by step: the order of the roundings is part of the rule.
+def _encode_scale(amax: torch.Tensor) -> torch.Tensor:
     tensor_amax = amax.max() if amax.numel() else amax.new_zeros(())
-    encode_scale = torch.where(tensor_amax > 0, (2688.0 / tensor_amax).clamp(max=torch.finfo(torch.float32).max), 1.0)
+    quotient = torch.full_like(tensor_amax, 2688.0) / tensor_amax
+    return torch.where(tensor_amax > 0, quotient.clamp(max=torch.finfo(torch.float32).max), 1.0)
+
+
+def _two_level(blocks: torch.Tensor, amax: torch.Tensor, encode_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # Float32 step by step: the order of the roundings is part of the rule.
     block_scales = scales.e4m3_encode(amax * (encode_scale * (1.0 / 6.0)))
     multiplier = 1.0 / (block_scales.float() * (1.0 / encode_scale))
     elements = blocks.float() * multiplier.clamp(max=torch.finfo(torch.float32).max)[..., None]
@@ -121,4 +137,4 @@ def _nearest_codes(elements: torch.Tensor) -> torch.Tensor:
     codes = torch.zeros(elements.shape, dtype=torch.uint8, device=elements.device)
     for code_below, midpoint in enumerate(midpoints):
         codes += magnitude >= midpoint if code_below % 2 else magnitude > midpoint
-    return codes + 8 * elements.signbit()
+    return codes + 8 * elements.signbit().to(torch.uint8)

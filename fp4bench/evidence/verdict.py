@@ -16,14 +16,24 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Policy:
-    """`threshold`: the relative change beyond which a case is called slower or faster."""
+    """When a case counts as slower.
+
+    threshold: the relative change beyond which a measurement is called slower or faster.
+    repetitions: how often a slower case is measured again; it counts if it is slower every time.
+    pause_seconds: between two repetitions.
+    """
 
     threshold: float
+    repetitions: int
+    pause_seconds: float
 
 
-# By clock. Two cores of a shared machine wander by more than 10 % between runs, even at their fastest; a GPU that is timed back
-# to back by 8 % (power cap).
-POLICIES = {"perf_counter": Policy(0.25), "cuda_events": Policy(0.10)}
+# By clock. On two cores of a shared machine (AMD EPYC) a BF16 GEMV took 2.1 ms for some seconds and 3.1 ms for the next, its
+# fastest sample too; such phases last up to half a minute. A GPU that is timed back to back wanders by 8 % (power cap).
+POLICIES = {
+    "perf_counter": Policy(0.25, repetitions=8, pause_seconds=4),
+    "cuda_events": Policy(0.10, repetitions=2, pause_seconds=1),
+}
 
 
 @dataclass(frozen=True)

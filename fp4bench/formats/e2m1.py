@@ -4,6 +4,8 @@ A code is sign (bit 3), exponent (bits 2 and 1, bias 1), mantissa (bit 0); expon
 infinity (OCP Microscaling Formats v1.0, section 5.3.3). The magnitudes are those of `MAGNITUDES`, in code order.
 """
 
+from functools import cache
+
 import torch
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -37,8 +39,13 @@ def encode(x: torch.Tensor) -> torch.Tensor:
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
     """Values of codes. uint8 (...), 0 to 15 -> float32 (...). Code 8 is negative zero."""
-    table = torch.tensor(MAGNITUDES + tuple(-v for v in MAGNITUDES), dtype=torch.float32, device=codes.device)
-    return table[codes.int()]
+    return _values(MAGNITUDES, codes.device)[codes.int()]
+
+
+@cache
+def _values(magnitudes: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """The table of values by code. Kept, since copying it to a GPU on each call could not be captured in a CUDA graph."""
+    return torch.tensor(magnitudes + tuple(-v for v in magnitudes), dtype=torch.float32, device=device)
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:

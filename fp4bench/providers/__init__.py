@@ -4,6 +4,7 @@ Built-in providers are one file each in this folder. Others come from installed 
 `fp4bench.providers`; README shows one. A provider that cannot run says so; nothing is ever replaced by another.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 from fp4bench.devices import Device
 from fp4bench.formats import ScaleRule
+from fp4bench.problems import GemmProblem, Problem, QuantizeProblem
 
 Runner = Callable[[], Any]
 """Computes the problem once on fixed buffers, without arguments; safe to capture in a CUDA graph."""
@@ -26,7 +28,7 @@ _BUILT_IN = ("torch_native:TorchProvider", "eager:EagerProvider")
 class Provider(Protocol):
     """Computes problems. All attributes are constants of the class or set when it is made; making one asks nothing of a GPU.
 
-    name: its part of a case id, in letters, digits and underscores.
+    name: its part of a case id, in lower-case letters, digits and underscores.
     version: of the library behind it, or None where that is not installed.
     ops: the problems it computes: "gemm", "quantize".
     modes: names of the GEMM modes it has (`fp4bench.problems.MODES`).
@@ -40,10 +42,10 @@ class Provider(Protocol):
     rules: Mapping[str, tuple[ScaleRule, ...]]
 
     def why_not(self, problem: Any, device: Device) -> str | None:
-        """What keeps this provider from computing `problem` on `device`, in one sentence, or None."""
+        """What keeps this provider from computing a problem of its operations, modes and rules on `device`, or None."""
 
     def prepare(self, problem: Any, inputs: Any) -> Runner:
-        """Quantize and lay out what is not part of the timed work. Raises where `why_not` has a reason."""
+        """Quantize and lay out what is not part of the timed work. Only called where `why_not` has no reason."""
         ...
 
 
@@ -55,10 +57,30 @@ def providers() -> dict[str, Provider]:
         missing = [name for name in _PARTS if not hasattr(provider, name)]
         if missing:
             raise ValueError(f"the provider of {source} has no {', '.join(missing)}: see fp4bench.providers.Provider")
+        if not re.fullmatch(r"[a-z0-9_]+", provider.name):
+            raise ValueError(
+                f"the provider of {source} is named {provider.name!r}: use lower-case letters, digits and underscores"
+            )
         if provider.name in found:
             raise ValueError(f"two providers are named {provider.name!r}, the second from {source}: rename it")
         found[provider.name] = provider
     return found
+
+
+def why_not(provider: Provider, problem: Problem, device: Device) -> str | None:
+    """What keeps a provider from computing `problem` on `device`, in one sentence, or None.
+
+    What it declares (operation, mode, format, rule) is looked at first; the rest is the provider's own word.
+    """
+    if problem.op not in provider.ops:
+        return f"{provider.name} has no {problem.op}"
+    if problem.format is not None and problem.format.name not in provider.rules:
+        return f"{provider.name} has no format {problem.format}"
+    if isinstance(problem, GemmProblem) and problem.mode.name not in provider.modes:
+        return f"{provider.name} has no mode {problem.mode}"
+    if isinstance(problem, QuantizeProblem) and problem.rule not in provider.rules[problem.format.name]:
+        return f"{provider.name} has no scale rule {problem.rule}"
+    return provider.why_not(problem, device)
 
 
 def import_optional(module: str) -> ModuleType | None:

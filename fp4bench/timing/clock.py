@@ -47,8 +47,8 @@ class CpuClock:
     name = "perf_counter"
     l2 = "warm"
 
-    # A sample of 2 ms is long beside the timer (50 ns). 0.15 s a case keeps the CPU set of about a hundred cases, set-up and check
-    # included, within 90 s on 2 cores.
+    # A sample of 2 ms is long beside the timer (50 ns). 0.15 s a case keeps the CPU set of about a hundred cases, set-up and
+    # check included, within 90 s on 2 cores.
     sample_seconds = 2e-3
     budget_seconds = 0.15
     fewest, most = 7, 100
