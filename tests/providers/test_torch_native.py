@@ -1,0 +1,54 @@
+"""torch's own products: BF16 anywhere, FP8 where the GPU has it, and a reason where it has not."""
+
+import pytest
+import torch
+
+from fp4bench.checking import check
+from fp4bench.devices import Device
+from fp4bench.problems import BF16, FP8, GemmProblem
+from fp4bench.providers.torch_native import TorchProvider
+
+TORCH = TorchProvider()
+
+CPU = Device("cpu", "made-up CPU")
+A100 = Device("cuda:0", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 40 << 20)
+RTX_4090 = Device("cuda:0", "NVIDIA GeForce RTX 4090", (8, 9), 128, 72 << 20)
+H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 50 << 20)
+
+
+def problem(mode, m=16, n=64, k=128):
+    return GemmProblem("tiny", "fc", 1, m, n, k, mode)
+
+
+@pytest.mark.parametrize("device", [CPU, A100, RTX_4090, H200], ids=str)
+def test_bf16_runs_anywhere_in_any_shape(device):
+    assert TORCH.why_not(problem(BF16), device) is None
+    assert TORCH.why_not(problem(BF16, m=1, n=51, k=205), device) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "reason"),
+    [
+        (CPU, {}, "made-up CPU has no FP8 tensor cores (compute capability 8.9 or later)"),
+        (A100, {}, "NVIDIA A100-SXM4-80GB has no FP8 tensor cores (compute capability 8.9 or later)"),
+        (RTX_4090, {}, None),
+        (H200, {}, None),
+        (H200, {"m": 1}, None),
+        (H200, {"m": 17}, None),
+        (H200, {"n": 65}, "torch._scaled_mm takes n and k that are multiples of 16, not 65 and 128"),
+        (H200, {"k": 136}, "torch._scaled_mm takes n and k that are multiples of 16, not 64 and 136"),
+        (H200, {"n": 8, "k": 8}, "torch._scaled_mm takes n and k that are multiples of 16, not 8 and 8"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, (Device, dict)) else "",
+)
+def test_fp8_says_why_not(device, shape, reason):
+    assert TORCH.why_not(problem(FP8, **shape), device) == reason
+
+
+@pytest.mark.parametrize("m", [1, 127, 129])
+def test_bf16_is_right(m):
+    gemm = problem(BF16, m=m, n=51, k=205)
+    inputs = gemm.inputs()
+    out = TORCH.prepare(gemm, inputs)()
+    assert out.dtype == torch.bfloat16
+    assert check(gemm, inputs, None, out).rows == m

@@ -1,0 +1,89 @@
+"""Which cases a selection holds."""
+
+from itertools import pairwise
+
+import pytest
+
+from fp4bench.cases import gemm_cases, quantize_cases, select
+from fp4bench.devices import Device, find_device
+
+CPU = find_device("cpu")
+H200 = Device("cuda:0", "NVIDIA H200", (9, 0), sm_count=132, l2_bytes=60 << 20)
+EVERYTHING = {axis: ["all"] for axis in ("models", "batch_sizes", "had_sizes", "formats", "modes", "providers")}
+
+
+def ids(cases):
+    return [str(case) for case in cases]
+
+
+def test_the_cpu_set_is_llama_1b_in_both_formats():
+    cases = ids(gemm_cases(select({}, CPU)))
+    assert "gemm-mxfp4-w4a4-had64-eager-llama3.2-1b.down.tp1-m64" in cases
+    assert "gemm-nvfp4-w4a16-eager-llama3.2-1b.qkv.tp1-m1" in cases
+    assert "gemm-bf16-torch-llama3.2-1b.o.tp1-m1" in cases
+    # 4 layers x 2 batch sizes x (bf16, and per format w4a16, w4a4 with and without rotation)
+    assert len(cases) == 4 * 2 * (1 + 2 * 3)
+
+
+def test_the_gpu_set_is_llama_70b():
+    cases = ids(gemm_cases(select({}, H200)))
+    assert "gemm-fp8-torch-llama3.3-70b.gate_up.tp1-m4096" in cases
+    assert not [case for case in cases if "llama3.3-70b" not in case]
+
+
+def test_the_full_grid_has_thousands_of_distinct_ids():
+    selection = select(EVERYTHING, H200)
+    cases = ids(gemm_cases(selection)) + ids(quantize_cases(selection))
+    assert len(cases) > 10_000
+    assert len(set(cases)) == len(cases)
+
+
+def test_rotation_varies_only_where_activations_are_fp4():
+    cases = ids(gemm_cases(select({"had_sizes": ["64"], "modes": ["all"]}, CPU)))
+    assert [case for case in cases if "-w4a4-had64-" in case]
+    assert [case for case in cases if "-w4a4_noquant-had64-" in case]
+    assert not [case for case in cases if "had" in case and "w4a4" not in case]
+
+
+def test_limits_keep_only_their_shapes():
+    selection = select({"limit_k": ["2048"], "limit_n": ["2048", "3072"]}, CPU)
+    assert {shard.layer.name for shard in selection.shards} == {"o", "qkv"}
+
+
+def test_a_width_is_quantized_once_and_named_alike_in_every_selection():
+    def widths(**options):
+        return {case.problem.layer: case.problem.k for case in quantize_cases(select(options, CPU))}
+
+    assert widths() == {"qkv": 2048, "down": 8192}
+    assert widths(limit_n=["16384"]) == {"qkv": 2048}  # gate_up alone is selected, and shares qkv's width
+
+
+def test_values_keep_their_order_and_count_once():
+    assert select({"batch_sizes": ["64", "1", "64"]}, CPU).batch_sizes == (64, 1)
+
+
+def test_cases_of_one_shape_follow_each_other():
+    shapes = [(c.problem.layer, c.problem.m) for c in gemm_cases(select({}, CPU))]
+    changes = sum(a != b for a, b in pairwise(shapes))
+    assert changes == len(set(shapes)) - 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("models", "gpt-5", r"unknown model 'gpt-5': known are llama3.3-70b, .*config.json"),
+        ("formats", "fp3", "unknown format 'fp3': known are mxfp4, nvfp4, or all"),
+        ("modes", "w2a2", "unknown mode 'w2a2': known are bf16, fp8, w4a16"),
+        ("providers", "nobody", "unknown provider 'nobody': known are torch, eager"),
+        ("had_sizes", "48", "unknown Hadamard size '48': known are none, 16, 32, 64, 128, or all"),
+        ("batch_sizes", "0", "batch size '0' is not a positive whole number"),
+        ("batch_sizes", "-4", "batch size '-4' is not a positive whole number"),
+        ("tp_sizes", "3", "tensor parallel size 3 does not divide the number of attention heads of llama3.2-1b, 32"),
+        ("limit_k", "77", "no selected layer has k in 77: there are 2048, 8192"),
+        ("limit_n", "x", "n 'x' is not a positive whole number"),
+    ],
+)
+def test_what_is_not_known_is_refused_in_one_sentence(option, value, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        select({option: [value]}, CPU)
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,54 @@
+"""On a GPU: the eager truth has the same bits as on the CPU, and every case is right and can be captured."""
+
+import pytest
+import torch
+
+from fp4bench.cases import gemm_cases, quantize_cases, select
+from fp4bench.checking import check
+from fp4bench.devices import find_device
+from fp4bench.formats import FORMATS, layouts
+from fp4bench.quantize import decode, quantize
+
+pytestmark = pytest.mark.gpu
+
+RULES = [(fmt, rule) for fmt in FORMATS.values() for rule in fmt.rules]
+
+
+@pytest.mark.parametrize("hadamard", [None, 16, 128], ids="had{}".format)
+@pytest.mark.parametrize(("fmt", "rule"), RULES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_quantize_has_the_bits_of_the_cpu(fmt, rule, hadamard, dtype):
+    x = torch.randn(257, 2050, generator=torch.Generator().manual_seed(3)).to(dtype)
+    here, there = (quantize(t, fmt, rule=rule, hadamard=hadamard) for t in (x, x.cuda()))
+    assert torch.equal(here.codes, there.codes.cpu())
+    assert torch.equal(here.scales.view(torch.uint8), there.scales.cpu().view(torch.uint8))
+    assert torch.equal(decode(here), decode(there).cpu())
+
+
+def test_the_blocked_layout_has_the_bytes_of_the_cpu():
+    scales = torch.randint(0, 256, (3, 130, 5), dtype=torch.uint8)
+    assert torch.equal(layouts.to_blocked(scales), layouts.to_blocked(scales.cuda()).cpu())
+
+
+def _cases():
+    if not torch.cuda.is_available():
+        return []
+    selection = select({"models": ["llama3.2-1b"], "batch_sizes": ["1", "64", "1024"], "modes": ["all"]}, find_device())
+    return [*gemm_cases(selection), *quantize_cases(selection)]
+
+
+@pytest.mark.parametrize("case", _cases(), ids=str)
+def test_every_case_is_right_and_runs_in_a_cuda_graph(case):
+    if reason := case.why_not(find_device()):
+        pytest.skip(reason)
+    inputs = case.problem.inputs("cuda")
+    call = case.provider.prepare(case.problem, inputs)
+    check(case.problem, inputs, case.rule, call())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for tensor in (out,) if isinstance(out, torch.Tensor) else (out.codes, out.scales.view(torch.uint8)):
+        tensor.zero_()
+    graph.replay()
+    check(case.problem, inputs, case.rule, out)

@@ -1,0 +1,98 @@
+"""What README names exists: paths, commands, options, models, and the example provider to the letter."""
+
+import configparser
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fp4bench.models import get_model
+from fp4bench.problems import MODES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+BLOCKS = [body for _, body in FENCES]
+INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL))
+COMMANDS = [
+    line.split("#")[0].strip() for body in BLOCKS for line in body.splitlines() if re.match(r"(python|tox|pytest) ", line)
+]
+COMMANDS += [text for text in INLINE if re.match(r"(tox|pytest) ", text)]
+
+
+def is_path(text):
+    return re.fullmatch(r"[\w.]+(/[\w.]+)*(/|\.py|\.md|\.toml|\.ini)", text) and not text.startswith("path/")
+
+
+def paths():
+    mapped = [word for body in BLOCKS for word in body.split() if word.startswith(("fp4bench/", "perf/", "tests/"))]
+    return sorted({text for text in (*INLINE, *mapped) if is_path(text)})
+
+
+def test_readme_names_paths_and_commands():
+    assert len(paths()) > 15
+    assert len(COMMANDS) > 6
+
+
+@pytest.mark.parametrize("path", paths())
+def test_every_path_exists(path):
+    found = ROOT / path
+    assert found.is_dir() if path.endswith("/") else found.is_file()
+
+
+def test_the_map_shows_every_module():
+    modules = {
+        f"fp4bench/{p.name}{'/' if p.is_dir() else ''}" for p in (ROOT / "fp4bench").iterdir() if not p.name.startswith("__")
+    }
+    assert modules - {"fp4bench/py.typed"} <= set(paths())
+
+
+@pytest.fixture(scope="module")
+def pytest_help():
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_every_command_exists(command, pytest_help):
+    environments = configparser.ConfigParser()
+    environments.read(ROOT / "tox.ini")
+    words = shlex.split(command)
+    if "tox" in words and "-e" in words:
+        assert f"testenv:{words[words.index('-e') + 1]}" in environments
+    if words[0] != "pytest-benchmark":
+        for option in (word.partition("=")[0] for word in words if re.match(r"--\w", word)):
+            assert option in pytest_help
+
+
+def test_every_option_named_exists(pytest_help):
+    named = {text.partition("=")[0] for text in INLINE if re.fullmatch(r"--[\w=-]+", text)}
+    assert {"--models", "--had-sizes", "--device", "--lf", "--benchmark-compare"} <= named
+    assert [option for option in sorted(named) if option not in pytest_help] == []
+
+
+def test_models_and_modes_named_are_known():
+    assert get_model("llama3.3-70b")
+    assert get_model("deepseek-r1")
+    assert f"`{' '.join(MODES)}`" in README
+
+
+def test_the_example_provider_is_the_one_that_is_tested():
+    (shown,) = [body for language, body in FENCES if language == "python"]
+    assert shown == (ROOT / "tests" / "example_provider" / "example_provider.py").read_text(encoding="utf-8")
+    (entry,) = [body for language, body in FENCES if language == "toml"]
+    assert entry in (ROOT / "tests" / "example_provider" / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_two_set_up_commands_come_first():
+    first, second = BLOCKS[0].splitlines()
+    assert first.startswith("python -m pip install tox && tox -e perf ")
+    assert second.startswith("python -m pip install tox && tox -e tests ")
+
+
+def test_ci_runs_the_test_command_of_readme():
+    assert BLOCKS[0].splitlines()[1].split("#")[0].strip() in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
