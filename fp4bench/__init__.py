@@ -1,8 +1,7 @@
 """fp4bench: a performance regression suite for FP4 (MXFP4, NVFP4) GEMM, MoE and serving on GPUs.
 
 Public names live in the modules: `fp4bench.formats`, `fp4bench.quantize`, `fp4bench.hadamard`, `fp4bench.reference`,
-`fp4bench.problems`, `fp4bench.providers`. Importing fp4bench imports nothing else: its pytest plugin is loaded in every
-session where it is installed, and must not wait for torch.
+`fp4bench.problems`, `fp4bench.providers`. Importing fp4bench imports nothing else.
 """
 
 __version__ = "0.1.0"

@@ -104,7 +104,7 @@ _GPU_DEFAULTS = _CPU_DEFAULTS | {
 def select(options: Mapping[str, Sequence[str]], device: Device) -> Selection:
     """The selection of command line options, by name without dashes; what is absent takes the device's default.
 
-    Every list takes "all" for everything known. Raises ValueError, one sentence, for what is unknown or leaves nothing to run.
+    Lists of what is known take "all". Raises ValueError, one sentence, for what is unknown and for limits that leave no layer.
     """
     asked = {**(_GPU_DEFAULTS if device.is_cuda else _CPU_DEFAULTS), **options}
     known = providers()
@@ -160,10 +160,10 @@ CASES: dict[str, Callable[[Selection], Iterator[Case]]] = {"gemm": gemm_cases, "
 
 def _shards(asked: Mapping[str, Sequence[str]]) -> tuple[Shard, ...]:
     models = _pick(asked, "models", map(get_model, model_names()), get_model)
-    sizes = _pick(asked, "tp_sizes", (1,), _positive("tensor parallel size"))
+    sizes = _pick(asked, "tp_sizes", None, _positive("tensor parallel size"))
     found = [Shard(model, tp, layer) for model in models for tp in sizes for layer in layers(model, tp)]
     for axis in ("k", "n"):
-        limits = _pick(asked, f"limit_{axis}", (), _positive(axis))
+        limits = _pick(asked, f"limit_{axis}", None, _positive(axis))
         there = sorted({getattr(shard.layer, axis) for shard in found})
         found = [shard for shard in found if not limits or getattr(shard.layer, axis) in limits]
         if not found:
@@ -172,10 +172,10 @@ def _shards(asked: Mapping[str, Sequence[str]]) -> tuple[Shard, ...]:
 
 
 def _pick(
-    asked: Mapping[str, Sequence[str]], option: str, everything: Iterable[Value], parse: Callable[[str], Value]
+    asked: Mapping[str, Sequence[str]], option: str, everything: Iterable[Value] | None, parse: Callable[[str], Value]
 ) -> tuple[Value, ...]:
-    """The values of one option, in the order given, each once."""
-    if list(asked[option]) == ["all"]:
+    """The values of one option, in the order given, each once. `everything` is what "all" stands for, if for anything."""
+    if everything is not None and list(asked[option]) == ["all"]:
         return tuple(everything)
     return tuple(dict.fromkeys(parse(text) for text in asked[option]))
 

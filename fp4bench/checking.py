@@ -14,6 +14,8 @@ from fp4bench.reference import Operand, quantize_by_formula, values
 # Work beyond which only some rows, evenly spaced with the first and the last, are compared: about a second on two CPU cores,
 # and 0.1 s at an H200's float64 rate (5 s at an RTX 5090's).
 _REFERENCE_FLOPS = {"cpu": 4e10, "cuda": 5e12}
+# The same for values of a quantization, whose reference takes some 50 bytes a value.
+_REFERENCE_VALUES = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 
 class WrongResultError(AssertionError):
@@ -26,7 +28,7 @@ class Agreement:
 
     error: ||out - ref|| / ||ref|| of a GEMM; the share of codes that differ of a quantization.
     exact: every compared element is the reference, rounded to the output's dtype.
-    rows: how many rows were compared; all elements of the output are checked to be finite.
+    rows: how many rows were compared; every element of a GEMM's output is checked to be finite.
     """
 
     error: float
@@ -35,7 +37,7 @@ class Agreement:
 
 
 def check(problem: Problem, inputs: Any, rule: ScaleRule | None, out: Any) -> Agreement:
-    """Compare `out` with the reference of `problem` on `inputs`, FP4 operands quantized by `rule`.
+    """Compare `out` with the reference of `problem` on `inputs`; `fp4bench.quantize` makes a GEMM's FP4 operands, by `rule`.
 
     Raises WrongResultError that names the first element that is wrong or not finite.
     """
@@ -97,13 +99,15 @@ def _check_quantized(problem: QuantizeProblem, x: torch.Tensor, out: Quantized) 
     ):
         if got != right:
             raise WrongResultError(f"the {what} is {got}, not {right}")
-    want = quantize_by_formula(x, problem.format, problem.rule, problem.hadamard)
+    rows = _spread(problem.m, _REFERENCE_VALUES[x.device.type] / problem.k, x.device)
+    want = quantize_by_formula(x, problem.format, problem.rule, problem.hadamard, rows)
     codes, scale_bytes = e2m1.unpack(out.codes), out.scales.view(torch.uint8)
-    if codes.shape != want.codes.shape or scale_bytes.shape != want.scales.shape:
+    codes_shape, scales_shape = ((problem.m, part.shape[1]) for part in (want.codes, want.scales))
+    if codes.shape != codes_shape or scale_bytes.shape != scales_shape:
         raise WrongResultError(
-            f"{tuple(codes.shape)} codes and {tuple(scale_bytes.shape)} scales, not {tuple(want.codes.shape)} and "
-            f"{tuple(want.scales.shape)}"
+            f"{tuple(codes.shape)} codes and {tuple(scale_bytes.shape)} scales, not {codes_shape} and {scales_shape}"
         )
+    codes, scale_bytes = codes[rows], scale_bytes[rows]
     # A rotation's additions round in another order: then 1 code or scale in 10,000 may be the neighbour of the right one.
     allowed = 1e-4 if problem.hadamard else 0.0
     _check_tensor_scale(out.tensor_scale, want.tensor_scale, allowed)
@@ -111,7 +115,7 @@ def _check_quantized(problem: QuantizeProblem, x: torch.Tensor, out: Quantized) 
     code_off = (codes != want.codes) & ~scale_off.repeat_interleave(problem.format.block_size, dim=-1)
     _check_bytes("scale", scale_bytes, want.scales, scale_off, scale_bytes.int() - want.scales.int(), allowed)
     _check_bytes("code", codes, want.codes, code_off, _signed(codes) - _signed(want.codes), allowed)
-    return Agreement(code_off.double().mean().item(), not bool(scale_off.any() or code_off.any()), problem.m)
+    return Agreement(code_off.double().mean().item(), not bool(scale_off.any() or code_off.any()), len(rows))
 
 
 def _check_tensor_scale(got: torch.Tensor | None, want: torch.Tensor | None, allowed: float) -> None:

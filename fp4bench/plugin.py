@@ -1,7 +1,7 @@
 """The pytest plugin: options, the `bench` fixture over pytest-benchmark, stored runs by machine, verdicts as test reports.
 
-Glue only. It acts in a project that sets `fp4bench_baselines`, and imports torch only once a case or an option asks for it.
-What it knows of pytest-benchmark's insides (5.1 to 5.3): `benchmark._mode`, `benchmark._make_stats`, `benchmark.has_error`,
+Glue only. A project's conftest.py loads it (`pytest_plugins = ["fp4bench.plugin"]`) and its settings name `fp4bench_baselines`.
+What it knows of pytest-benchmark's insides (5.2 and 5.3): `benchmark._mode`, `benchmark._make_stats`, `benchmark.has_error`,
 `config._benchmarksession` with `benchmarks`, `machine_id` and `storage.default_machine_id`.
 """
 
@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--confirm", type=int, metavar="N", help="measure a slower case N times again; it fails if slower every time"
     )
-    parser.addini("fp4bench_baselines", "Folder of stored runs, one folder a machine; fp4bench acts only where it is set.")
+    parser.addini("fp4bench_baselines", "Folder of stored runs, one folder a machine; the plugin acts only where it is set.")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -113,6 +113,11 @@ class Bench:
             stats.update(seconds * measurement.calls_per_sample)
 
 
+def _is_test_path(value: str) -> bool:
+    """Whether an option's value is rather the path of tests, which the option swallowed."""
+    return Path(value).is_dir() or value.endswith(".py") or "::" in value
+
+
 def _record(case: Case, measurement: Measurement) -> dict[str, Any]:
     from fp4bench.evidence.record import make_record
 
@@ -131,6 +136,7 @@ class Suite:
         self.measured: dict[str, tuple[pytest.Item, Case]] = {}
         self.notes: list[str] = []
         self.broken: ValueError | None = None
+        self.empty: bool | None = None  # None until a test asked for cases
         self._inputs: tuple[Any, Any] = (None, None)
 
     # Options
@@ -140,25 +146,43 @@ class Suite:
         from pytest_benchmark.logger import PytestBenchmarkWarning
 
         option = self.config.option
-        if self._asked() or option.device != "auto":
-            _ = self.selection
+        self._check_selection()
+        keeps = option.benchmark_save or option.benchmark_autosave
+        if (option.benchmark_compare or keeps) and self.config.getoption("dist", "no") != "no":
+            raise ValueError("cases cannot be timed beside each other: leave out -n and --dist")
         if isinstance(option.benchmark_json, Path):
             # pytest-benchmark opens the file at the end of the session: without its folder the run would be lost.
             option.benchmark_json.parent.mkdir(parents=True, exist_ok=True)
         if option.benchmark_storage == "file://./.benchmarks":
             option.benchmark_storage = f"file://{self.folder}"
+        else:
+            self.folder = Path(option.benchmark_storage.removeprefix("file://")).absolute()
         # pytest-benchmark warns at the end of a session, outside of any test ("nothing to save"): as an error it would hide the
         # failures.
         warnings.filterwarnings("default", category=PytestBenchmarkWarning)
-        if option.benchmark_compare and not option.collectonly:
+        if option.collectonly:
+            option.benchmark_compare = None
+        if option.benchmark_compare:
             self._find_baseline()
+
+    def _check_selection(self) -> None:
+        asked = self._asked()
+        try:
+            if asked or self.config.option.device != "auto":
+                _ = self.selection
+        except ValueError:
+            for name, values in asked.items():
+                if path := next(filter(_is_test_path, values), None):
+                    option = name.replace("_", "-")
+                    raise ValueError(f"--{option} took the path {path!r} for a value: put the path first") from None
+            raise
 
     def _find_baseline(self) -> None:
         from fp4bench.evidence import baselines
 
         wanted = self.config.option.benchmark_compare
-        if isinstance(wanted, str) and Path(wanted).is_dir():
-            raise ValueError(f"--benchmark-compare took the folder {wanted!r} for its value: put the path first")
+        if isinstance(wanted, str) and _is_test_path(wanted):
+            raise ValueError(f"--benchmark-compare took the path {wanted!r} for its value: put the path first")
         machine = self.machine_info["machine"]
         path = baselines.find(self.folder / machine, wanted if isinstance(wanted, str) else None)
         if path is None:
@@ -166,7 +190,8 @@ class Suite:
                 f"no baseline of {machine} in {self._short(self.folder)}, so nothing was compared; "
                 "record one: pytest perf --benchmark-save=baseline"
             )
-            self.config.option.benchmark_compare = None
+            # pytest-benchmark would warn, or stop with a traceback after the run.
+            self.config.option.benchmark_compare = self.config.option.benchmark_compare_fail = None
             return
         self.baseline = baselines.load(path, machine)
         self.config.option.benchmark_compare = str(path)
@@ -176,11 +201,7 @@ class Suite:
         asked = {}
         for option in _LIST_OPTIONS:
             name = option.replace("-", "_")
-            values = [part for value in self.config.getoption(name) or () for part in value.split(",")]
-            for value in values:
-                if Path(value).is_dir():
-                    raise ValueError(f"--{option} took the folder {value!r} for a value: put the path first")
-            if values:
+            if values := [part for value in self.config.getoption(name) or () for part in value.split(",")]:
                 asked[name] = values
         return asked
 
@@ -237,6 +258,7 @@ class Suite:
             cases = list(CASES[marker.args[0]](self.selection))
         except ValueError as error:  # a provider that is none; options were checked before
             self.broken, cases = error, []  # raised here it would be one file's collection error
+        self.empty = not cases and self.empty is not False
         params = []
         for case in cases:
             reason = case.why_not(self.device)
@@ -246,13 +268,25 @@ class Suite:
     def pytest_collection_modifyitems(self) -> None:
         if self.broken:
             raise pytest.UsageError(f"fp4bench: {self.broken}")
+        if self.empty:
+            raise pytest.UsageError("fp4bench: nothing to run: no selected provider has a selected mode and format")
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         option = self.config.option
         if option.benchmark_save or option.benchmark_autosave:
-            # A run is stored under this machine's key; pytest-benchmark's own has no GPU in it.
-            benchmarks = self.config._benchmarksession  # type: ignore[attr-defined]
-            benchmarks.machine_id = benchmarks.storage.default_machine_id = self.machine_info["machine"]
+            # pytest-benchmark's own key has no GPU in it.
+            self._store_under(self.machine_info["machine"])
+
+    def _store_under(self, folder: str) -> None:
+        benchmarks = self.config._benchmarksession  # type: ignore[attr-defined]
+        benchmarks.machine_id = benchmarks.storage.default_machine_id = folder
+
+    def _set_aside(self, why: str) -> None:
+        """Store this run where no later one takes it for a baseline."""
+        if self.config.option.benchmark_save or self.config.option.benchmark_autosave:
+            folder = f"{self.machine_info['machine']}/{why}"
+            self._store_under(folder)
+            self.notes.append(f"this run is stored in {self._short(self.folder / folder)}, where it is no baseline")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
@@ -265,18 +299,25 @@ class Suite:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Iterator[None]:
-        result: Any = yield
-        now = self._timings()
+        complete = False
+        try:
+            result: Any = yield
+            complete = True
+            return result
+        finally:
+            self._conclude(complete)
+
+    def _conclude(self, complete: bool) -> None:
+        """After the last case, or after -x, Ctrl-C or an internal error stopped the run."""
         from fp4bench.evidence.record import add_speedups
 
+        now = self._timings()
         add_speedups([timing.record for timing in now.values()], {case_id: t.median for case_id, t in now.items()})
-        if self.baseline is not None:
+        if not complete:
+            self.notes.append(f"the run was stopped: {len(now)} timed cases were not compared")
+            self._set_aside("stopped")
+        elif self.baseline is not None:
             self._judge(self.baseline, now)
-            option = self.config.option
-            if not (option.benchmark_verbose or option.benchmark_histogram):
-                # Our table says it in a line a case; pytest-benchmark's would print each case twice.
-                self.config._benchmarksession.quiet = True  # type: ignore[attr-defined]
-        return result
 
     def _timings(self) -> dict[str, Timing]:
         from fp4bench.evidence.baselines import Timing
@@ -306,6 +347,12 @@ class Suite:
                     f"in {policy.repetitions} repetitions too."
                 )
                 self._fail(self.measured[case_id][0], text)
+        if any(verdict.outcome is Outcome.REGRESSED for verdict in self.verdicts.values()):
+            self._set_aside("regressed")
+        option = self.config.option
+        if not (option.benchmark_verbose or option.benchmark_histogram):
+            # Our table says it in a line a case; pytest-benchmark's would print each case twice.
+            self.config._benchmarksession.quiet = True  # type: ignore[attr-defined]
 
     def _measure_again(self, case_id: str) -> Timing:
         from fp4bench.evidence.baselines import Timing
@@ -324,10 +371,11 @@ class Suite:
         from fp4bench.evidence import report
 
         baseline = self.baseline
-        if baseline is not None and self.verdicts:
-            terminalreporter.section("fp4bench: baseline and now")
-            lines = report.comparison(baseline, self._timings(), self.verdicts)
-            terminalreporter.write("\n".join((*lines, "")) + "\n")
+        if baseline is not None:
+            if self.verdicts:
+                terminalreporter.section("fp4bench: baseline and now")
+                lines = report.comparison(baseline, self._timings(), self.verdicts)
+                terminalreporter.write("\n".join((*lines, "")) + "\n")
             self.notes.append(f"{report.counts(self.verdicts)} against {self._short(baseline.path)}")
             if left := baseline.cases.keys() - self.verdicts.keys():
                 self.notes.append(f"{len(left)} cases of the baseline were not timed now")

@@ -178,8 +178,11 @@ def _check_arguments(
         check_size(hadamard)
     if isinstance(tensor_scale, torch.Tensor) and tensor_scale.numel() != 1:
         raise ValueError(f"tensor_scale is one number, not a tensor of shape {tuple(tensor_scale.shape)}")
-    if isinstance(tensor_scale, float | int) and not 0 < tensor_scale < float("inf"):
-        raise ValueError(f"tensor_scale is a positive and finite number, not {tensor_scale}")
+    # A tensor's value is the caller's to answer for: reading it would stop a GPU's stream.
+    if isinstance(tensor_scale, float | int) and not 0 < torch.tensor(tensor_scale, dtype=torch.float32) < float("inf"):
+        raise ValueError(f"tensor_scale is a positive and finite float32, not {tensor_scale}")
+    if not 0 <= scale_floor <= scales.E4M3_MAX:
+        raise ValueError(f"scale_floor is between 0 and {scales.E4M3_MAX:g}, not {scale_floor}")
 
 
 def _chunks(groups: torch.Tensor) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""Quantization, GEMM and MoE by their formulas, in float64: what every kernel's output is compared with.
+"""Quantization by its formulas, GEMM and MoE on decoded values, in float64: what outputs are compared with.
 
 Plain and slow on purpose. Never imports kernels or providers.
 """
@@ -76,24 +76,37 @@ class Formula:
     tensor_scale: torch.Tensor | None
 
 
-def quantize_by_formula(x: torch.Tensor, format: BlockFormat, rule: ScaleRule, hadamard: int | None = None) -> Formula:
+def quantize_by_formula(
+    x: torch.Tensor, format: BlockFormat, rule: ScaleRule, hadamard: int | None = None, rows: torch.Tensor | None = None
+) -> Formula:
     """Codes and scale bytes by the formulas of the rules, with frexp and a search among the code values.
 
     A second way to what `fp4bench.quantize.quantize` gives, sharing only the cast to E4M3 with it. Finite values only.
+    rows: int64, the rows of a (m, k) tensor that are wanted; the tensor scale is that of all rows.
     """
-    padded = pad(x.double(), (0, -x.shape[-1] % lcm(format.block_size, hadamard or 1)))
-    if hadamard:
-        matrix = hadamard_matrix(hadamard, torch.float64, x.device)
-        padded = (padded.unflatten(-1, (-1, hadamard)) @ matrix).flatten(-2).float().double()
-    blocks = padded.unflatten(-1, (-1, format.block_size))
+    blocks = _blocks(x if rows is None else x[rows], format, hadamard)
     amax = blocks.abs().amax(dim=-1).float()
     if format.has_tensor_scale:
-        tensor_scale = _encode_scale(amax)
+        parts = [x] if rows is None else x.split(len(rows))
+        tensor_scale = _encode_scale(torch.stack([_largest(_blocks(part, format, hadamard)) for part in parts]))
         scale_bytes, elements = _two_level(blocks, amax, tensor_scale)
     else:
         tensor_scale = None
         scale_bytes, elements = _power_of_two(blocks, amax, rule)
     return Formula(_nearest_codes(elements).flatten(-2), scale_bytes, tensor_scale)
+
+
+def _blocks(x: torch.Tensor, format: BlockFormat, hadamard: int | None) -> torch.Tensor:
+    """Padded, rotated (to float32) and cut into blocks. float (..., k) -> float64 (..., blocks, block size)."""
+    padded = pad(x.double(), (0, -x.shape[-1] % lcm(format.block_size, hadamard or 1)))
+    if hadamard:
+        matrix = hadamard_matrix(hadamard, torch.float64, x.device)
+        padded = (padded.unflatten(-1, (-1, hadamard)) @ matrix).flatten(-2).float().double()
+    return padded.unflatten(-1, (-1, format.block_size))
+
+
+def _largest(blocks: torch.Tensor) -> torch.Tensor:
+    return blocks.abs().amax().float() if blocks.numel() else torch.zeros((), device=blocks.device)
 
 
 def _power_of_two(blocks: torch.Tensor, amax: torch.Tensor, rule: ScaleRule) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +130,7 @@ def _power_of_two(blocks: torch.Tensor, amax: torch.Tensor, rule: ScaleRule) -> 
 
 
 def _encode_scale(amax: torch.Tensor) -> torch.Tensor:
-    tensor_amax = amax.max() if amax.numel() else amax.new_zeros(())
+    tensor_amax = amax.max()
     quotient = torch.full_like(tensor_amax, 2688.0) / tensor_amax
     return torch.where(tensor_amax > 0, quotient.clamp(max=torch.finfo(torch.float32).max), 1.0)
 

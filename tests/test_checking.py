@@ -555,3 +555,16 @@ def test_a_rotation_that_was_not_asked_for_is_refused(fmt):
     x = problem.inputs()
     with pytest.raises(WrongResultError, match=r"^the rotation is 64, not None$"):
         check(problem, x, None, quantize(x, fmt, hadamard=64))
+
+
+def test_rows_of_a_quantization_are_sampled_beyond_the_budget(monkeypatch):
+    problem = QuantizeProblem("tiny", "fc", 1, 100, 64, NVFP4, ScaleRule.TWO_LEVEL)
+    monkeypatch.setattr(checking, "_REFERENCE_VALUES", {"cpu": 10 * problem.k})
+    x = problem.inputs()
+    x[50] *= 4  # the largest values, and with them the tensor scale, lie outside the sampled rows: 0, 11, 22, ... 99
+    out = quantize(x, NVFP4)
+    agreement = check(problem, x, problem.rule, out)
+    assert (agreement.rows, agreement.exact) == (10, True)
+    out.codes[99, 3] ^= 0x70
+    with pytest.raises(WrongResultError, match="code is wrong in"):
+        check(problem, x, problem.rule, out)

@@ -1,7 +1,9 @@
 """On a GPU: the eager truth has the same bits as on the CPU, and every case is right and can be captured."""
 
+import contract
 import pytest
 import torch
+from eager import EAGER
 
 from fp4bench.cases import gemm_cases, quantize_cases, select
 from fp4bench.checking import check
@@ -23,6 +25,10 @@ def test_quantize_has_the_bits_of_the_cpu(fmt, rule, hadamard, dtype):
     assert torch.equal(here.codes, there.codes.cpu())
     assert torch.equal(here.scales.view(torch.uint8), there.scales.cpu().view(torch.uint8))
     assert torch.equal(decode(here), decode(there).cpu())
+
+
+def test_the_contract_holds_on_the_gpu():
+    contract.check_contract(EAGER, device="cuda")
 
 
 def test_the_blocked_layout_has_the_bytes_of_the_cpu():

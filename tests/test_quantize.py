@@ -592,7 +592,7 @@ def test_a_rotation_of_no_power_of_two_is_refused(hadamard, rows, fmt):
 
 @pytest.mark.parametrize("given", [0, 0.0, -0.0, -1, -2688.0, inf, -inf, nan], ids=repr)
 def test_a_tensor_scale_that_is_not_positive_and_finite_is_refused(given):
-    with pytest.raises(ValueError, match=rf"^tensor_scale is a positive and finite number, not {given}$"):
+    with pytest.raises(ValueError, match=rf"^tensor_scale is a positive and finite float32, not {given}$"):
         quantize(torch.ones(16), NVFP4, tensor_scale=given)
 
 

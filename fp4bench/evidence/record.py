@@ -54,13 +54,17 @@ def make_record(facts: Mapping[str, Any], seconds: Sequence[float]) -> dict[str,
 
 
 def add_speedups(records: Iterable[dict[str, Any]], medians: Mapping[str, float]) -> None:
-    """Fill `speedup_vs_bf16` of each GEMM whose layer and batch size was also timed in BF16 in this run.
+    """Fill `speedup_vs_bf16` of each GEMM whose layer and batch size this run timed in BF16 too, over the fastest BF16.
 
     medians: seconds by case id.
     """
     records = list(records)
     shape = ("op", "model", "layer", "tp", "m")
-    bf16 = {tuple(r[key] for key in shape): medians[r["case_id"]] for r in records if r["mode"] == "bf16"}
+    bf16: dict[tuple[Any, ...], float] = {}
+    for record in records:
+        if record["mode"] == "bf16":
+            at = tuple(record[key] for key in shape)
+            bf16[at] = min(medians[record["case_id"]], bf16.get(at, float("inf")))
     for record in records:
         base = bf16.get(tuple(record[key] for key in shape))
         if base is not None:

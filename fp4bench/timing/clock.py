@@ -69,8 +69,8 @@ class CpuClock:
 class CudaEventClock:
     """Device time between two events around one call, after the L2 was overwritten.
 
-    Writing a buffer of twice the L2 before each call evicts the operands, and is long enough (about 30 us on an H200) for the
-    host to queue a short call behind it, so that launches are hidden. Calls that launch many kernels show their launches.
+    Writing a buffer of twice the L2 before each call evicts the operands, and gives the host about 30 us (H200) to queue the
+    call behind it. Longer launches show: those of calls with many kernels, and some 10 us of a single one.
     """
 
     name = "cuda_events"

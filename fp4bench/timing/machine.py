@@ -46,16 +46,18 @@ def _uuid(device: Device) -> str | None:
 
 
 def _driver() -> str | None:
-    """The driver's version through nvidia-ml-py, or None where that is not installed."""
+    """The driver's version through nvidia-ml-py, or None where that is not installed or finds no driver."""
     try:
         import pynvml
     except ModuleNotFoundError:
         return None
-    pynvml.nvmlInit()
     try:
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    finally:
+        pynvml.nvmlInit()
+        version_ = str(pynvml.nvmlSystemGetDriverVersion())
         pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+    return version_
 
 
 def _version(package: str) -> str | None:

@@ -14,8 +14,8 @@ def test_a_gpu_is_keyed_by_its_name():
 
 
 def test_a_cpu_is_keyed_by_model_and_cores():
-    key = machine_key(Device("cpu", "AMD EPYC 9B45"))
-    assert key.startswith("cpu-amd-epyc-9b45-")
+    key = machine_key(Device("cpu", "Some CPU 9000"))
+    assert key.startswith("cpu-some-cpu-9000-")
     assert key.endswith("c")
 
 
