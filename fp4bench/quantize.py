@@ -111,14 +111,16 @@ def decode(q: Quantized, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     blocks, block_size = q.scales.numel(), q.format.block_size
     codes, block_scales = q.codes.reshape(blocks, block_size // 2), scale_values(q).reshape(blocks, 1)
     values = torch.empty(blocks, block_size, dtype=dtype, device=q.codes.device)
+    # Divisors on the device of the codes: torch divides by a number of the CPU through its reciprocal, which rounds twice.
     gain = torch.full((), q.rule.gain, dtype=dtype, device=q.codes.device)
+    encode_scale = None if q.tensor_scale is None else q.tensor_scale.to(q.codes.device)
     for part in _chunks(values):
         elements = e2m1.decode(e2m1.unpack(codes[part])).to(dtype)
         if q.rule.gain != 1.0:
             elements /= gain
         chunk = torch.mul(elements, block_scales[part], out=values[part])
-        if q.tensor_scale is not None:
-            chunk /= q.tensor_scale
+        if encode_scale is not None:
+            chunk /= encode_scale
     values = values.reshape(*q.codes.shape[:-1], q.codes.shape[-1] * 2)
     return values if q.hadamard else values[..., : q.k]
 

@@ -1,6 +1,7 @@
 """The main job end to end: real pytest sessions over a small suite, with a provider from an installed entry point."""
 
 import json
+import os
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import fp4bench
 from fp4bench.devices import find_device
 from fp4bench.evidence.record import KEYS
 from fp4bench.models import get_model
@@ -43,7 +45,8 @@ def suite(pytester, monkeypatch):
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: paced-provider\nVersion: 1\n")
     (metadata / "entry_points.txt").write_text("[fp4bench.providers]\npaced = paced_provider:PacedProvider\n")
     monkeypatch.syspath_prepend(site)
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    # fp4bench too, for a machine where it is checked out and not installed.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(site), str(Path(fp4bench.__file__).parent.parent))))
     shutil.copytree(PERF, pytester.path / "perf", ignore=shutil.ignore_patterns("__pycache__"))
     pytester.makeini("[pytest]\naddopts = --import-mode=importlib\nfilterwarnings = error\nfp4bench_baselines = baselines\n")
     return pytester
