@@ -1,7 +1,7 @@
 """The pytest plugin: options, the `bench` fixture over pytest-benchmark, stored runs by machine, verdicts as test reports.
 
 Glue only. A project's conftest.py loads it (`pytest_plugins = ["fp4bench.plugin"]`) and its settings name `fp4bench_baselines`.
-What it knows of pytest-benchmark's insides (5.2 and 5.3): `benchmark._mode`, `benchmark._make_stats`, `benchmark.has_error`,
+What it knows of pytest-benchmark's insides (5.3): `benchmark._mode`, `benchmark._make_stats`, `benchmark.has_error`,
 `config._benchmarksession` with `benchmarks`, `machine_id` and `storage.default_machine_id`.
 """
 
