@@ -186,10 +186,9 @@ class Suite:
         machine = self.machine_info["machine"]
         path = baselines.find(self.folder / machine, wanted if isinstance(wanted, str) else None)
         if path is None:
-            self.notes.append(
-                f"no baseline of {machine} in {self._short(self.folder)}, so nothing was compared; "
-                "record one: pytest perf --benchmark-save=baseline"
-            )
+            kept = self.config.option.benchmark_save or self.config.option.benchmark_autosave
+            hint = "this run is stored as one" if kept else "record one: pytest perf --benchmark-save=baseline"
+            self.notes.append(f"no baseline of {machine} in {self._short(self.folder)}, so nothing was compared; {hint}")
             # pytest-benchmark would warn, or stop with a traceback after the run.
             self.config.option.benchmark_compare = self.config.option.benchmark_compare_fail = None
             return
