@@ -312,10 +312,10 @@ class Suite:
 
         now = self._timings()
         add_speedups([timing.record for timing in now.values()], {case_id: t.median for case_id, t in now.items()})
-        if not complete:
+        if not complete and now:
             self.notes.append(f"the run was stopped: {len(now)} timed cases were not compared")
             self._set_aside("stopped")
-        elif self.baseline is not None:
+        if complete and self.baseline is not None:
             self._judge(self.baseline, now)
 
     def _timings(self) -> dict[str, Timing]:
@@ -342,8 +342,8 @@ class Suite:
                 then, here = duration(baseline.cases[case_id].median), duration(now[case_id].median)
                 text = (
                     f"{case_id} is {verdict.change:.1%} slower than its baseline: {then} then, {here} now. "
-                    f"Its median and its fastest sample are slower by more than {policy.threshold:.0%}, "
-                    f"in {policy.repetitions} repetitions too."
+                    f"Its median and its fastest sample are slower by more than {policy.threshold:.0%}; "
+                    f"it was measured again {policy.repetitions} times, and slower each time."
                 )
                 self._fail(self.measured[case_id][0], text)
         if any(verdict.outcome is Outcome.REGRESSED for verdict in self.verdicts.values()):
