@@ -36,36 +36,50 @@ class Agreement:
     rows: int
 
 
-def check(problem: Problem, inputs: Any, rule: ScaleRule | None, out: Any) -> Agreement:
-    """Compare `out` with the reference of `problem` on `inputs`; `fp4bench.quantize` makes a GEMM's FP4 operands, by `rule`.
+Check = Callable[[Any], Agreement]
 
-    Raises WrongResultError that names the first element that is wrong or not finite.
+
+def check(problem: Problem, inputs: Any, rule: ScaleRule | None, out: Any) -> Agreement:
+    """Compare `out` with the reference of `problem` on `inputs`, as `checker` does."""
+    return checker(problem, inputs, rule)(out)
+
+
+def checker(problem: Problem, inputs: Any, rule: ScaleRule | None) -> Check:
+    """What compares outputs with the reference of `problem`; `fp4bench.quantize` makes a GEMM's FP4 operands, by `rule`.
+
+    The reference is computed once, however many outputs are compared. The check raises WrongResultError that names the first
+    element that is wrong or not finite.
     """
     if isinstance(problem, QuantizeProblem):
-        return _check_quantized(problem, inputs, out)
-    return _check_gemm(problem, inputs, rule, out)
+        return _quantized_checker(problem, inputs)
+    return _gemm_checker(problem, inputs, rule)
 
 
-def _check_gemm(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | None, out: torch.Tensor) -> Agreement:
-    if out.shape != (problem.m, problem.n) or out.dtype != torch.bfloat16:
-        raise WrongResultError(f"output is {out.dtype} {tuple(out.shape)}, not {torch.bfloat16} {(problem.m, problem.n)}")
-    _refuse(~out.isfinite(), "output is not finite", lambda at: f"{out[at].item()}")
+def _gemm_checker(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | None) -> Check:
     x = values(_operand(problem, problem.mode.activations, inputs.x, rule))
     w = values(_operand(problem, problem.mode.weights, inputs.w, rule))
     rows = _spread(problem.m, _REFERENCE_FLOPS[x.device.type] / (4 * problem.n * problem.k), x.device)
-    x, got = x[rows], out[rows].double()
+    x = x[rows]
     want, spread = x @ w.T, (x.square() @ w.square().T).sqrt()
     # A sum that cancels to 0 leaves float64's own roundings of decoded NVFP4 values.
     want = torch.where(want.abs() < 2.0**-40 * spread, 0.0, want)
-    difference = (got - want).abs()
     bound = _rounding_bound(problem, want, spread)
-    _refuse(
-        difference > bound,
-        "output is wrong",
-        lambda at: f"{got[at].item():.6g} where the reference is {want[at].item():.6g} +- {bound[at].item():.2g}",
-    )
-    error = difference.norm() / want.norm().clamp(min=torch.finfo(torch.float64).tiny)
-    return Agreement(error.item(), torch.equal(got, want.to(out.dtype).double()), len(rows))
+
+    def check(out: torch.Tensor) -> Agreement:
+        if out.shape != (problem.m, problem.n) or out.dtype != torch.bfloat16:
+            raise WrongResultError(f"output is {out.dtype} {tuple(out.shape)}, not {torch.bfloat16} {(problem.m, problem.n)}")
+        _refuse(~out.isfinite(), "output is not finite", lambda at: f"{out[at].item()}")
+        got = out[rows].double()
+        difference = (got - want).abs()
+        _refuse(
+            difference > bound,
+            "output is wrong",
+            lambda at: f"{got[at].item():.6g} where the reference is {want[at].item():.6g} +- {bound[at].item():.2g}",
+        )
+        error = difference.norm() / want.norm().clamp(min=torch.finfo(torch.float64).tiny)
+        return Agreement(error.item(), torch.equal(got, want.to(out.dtype).double()), len(rows))
+
+    return check
 
 
 def _rounding_bound(problem: GemmProblem, want: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
@@ -88,7 +102,32 @@ def _operand(problem: GemmProblem, element: str, tensor: torch.Tensor, rule: Sca
     return quantize(tensor, problem.format, rule=rule, hadamard=problem.hadamard)
 
 
-def _check_quantized(problem: QuantizeProblem, x: torch.Tensor, out: Quantized) -> Agreement:
+def _quantized_checker(problem: QuantizeProblem, x: torch.Tensor) -> Check:
+    rows = _spread(problem.m, _REFERENCE_VALUES[x.device.type] / problem.k, x.device)
+    want = quantize_by_formula(x, problem.format, problem.rule, problem.hadamard, rows)
+    # A rotation's additions round in another order: then 1 code or scale in 10,000 may be the neighbour of the right one.
+    allowed = 1e-4 if problem.hadamard else 0.0
+
+    def check(out: Quantized) -> Agreement:
+        _check_form(problem, out)
+        codes, scale_bytes = e2m1.unpack(out.codes), out.scales.view(torch.uint8)
+        codes_shape, scales_shape = ((problem.m, part.shape[1]) for part in (want.codes, want.scales))
+        if codes.shape != codes_shape or scale_bytes.shape != scales_shape:
+            raise WrongResultError(
+                f"{tuple(codes.shape)} codes and {tuple(scale_bytes.shape)} scales, not {codes_shape} and {scales_shape}"
+            )
+        codes, scale_bytes = codes[rows], scale_bytes[rows]
+        _check_tensor_scale(out.tensor_scale, want.tensor_scale, allowed)
+        scale_off = scale_bytes != want.scales
+        code_off = (codes != want.codes) & ~scale_off.repeat_interleave(problem.format.block_size, dim=-1)
+        _check_bytes("scale", scale_bytes, want.scales, scale_off, scale_bytes.int() - want.scales.int(), allowed)
+        _check_bytes("code", codes, want.codes, code_off, _signed(codes) - _signed(want.codes), allowed)
+        return Agreement(code_off.double().mean().item(), not bool(scale_off.any() or code_off.any()), len(rows))
+
+    return check
+
+
+def _check_form(problem: QuantizeProblem, out: Quantized) -> None:
     for what, got, right in (
         ("format", out.format, problem.format),
         ("scale rule", out.rule, problem.rule),
@@ -99,23 +138,6 @@ def _check_quantized(problem: QuantizeProblem, x: torch.Tensor, out: Quantized) 
     ):
         if got != right:
             raise WrongResultError(f"the {what} is {got}, not {right}")
-    rows = _spread(problem.m, _REFERENCE_VALUES[x.device.type] / problem.k, x.device)
-    want = quantize_by_formula(x, problem.format, problem.rule, problem.hadamard, rows)
-    codes, scale_bytes = e2m1.unpack(out.codes), out.scales.view(torch.uint8)
-    codes_shape, scales_shape = ((problem.m, part.shape[1]) for part in (want.codes, want.scales))
-    if codes.shape != codes_shape or scale_bytes.shape != scales_shape:
-        raise WrongResultError(
-            f"{tuple(codes.shape)} codes and {tuple(scale_bytes.shape)} scales, not {codes_shape} and {scales_shape}"
-        )
-    codes, scale_bytes = codes[rows], scale_bytes[rows]
-    # A rotation's additions round in another order: then 1 code or scale in 10,000 may be the neighbour of the right one.
-    allowed = 1e-4 if problem.hadamard else 0.0
-    _check_tensor_scale(out.tensor_scale, want.tensor_scale, allowed)
-    scale_off = scale_bytes != want.scales
-    code_off = (codes != want.codes) & ~scale_off.repeat_interleave(problem.format.block_size, dim=-1)
-    _check_bytes("scale", scale_bytes, want.scales, scale_off, scale_bytes.int() - want.scales.int(), allowed)
-    _check_bytes("code", codes, want.codes, code_off, _signed(codes) - _signed(want.codes), allowed)
-    return Agreement(code_off.double().mean().item(), not bool(scale_off.any() or code_off.any()), len(rows))
 
 
 def _check_tensor_scale(got: torch.Tensor | None, want: torch.Tensor | None, allowed: float) -> None:

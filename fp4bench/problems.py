@@ -50,6 +50,10 @@ class GemmInputs:
     x: torch.Tensor
     w: torch.Tensor
 
+    def clone(self) -> "GemmInputs":
+        """The same values elsewhere in memory."""
+        return GemmInputs(self.x.clone(), self.w.clone())
+
 
 @dataclass(frozen=True)
 class GemmProblem:

@@ -1,11 +1,9 @@
-"""How long one call takes: a clock for CPUs and one for CUDA, with one interface."""
+"""How long one call takes: one interface, a clock for CPUs; those for CUDA are in cuda_clock.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
-
-import torch
 
 from fp4bench.devices import Device
 
@@ -17,35 +15,55 @@ class Measurement:
     """All samples in time order, and what makes them comparable.
 
     seconds: of one call, one value a sample; a sample times `calls_per_sample` calls in a row.
-    clock: "perf_counter" or "cuda_events". l2: "cold" or "warm", where the operands lie when a call starts.
+    clock: "cuda_graph_stamps", "cuda_graph_events", "cuda_events" or "perf_counter".
+    l2: where the operands lie when a call starts: "cold" (they rotate), "cold_flush" (the cache was overwritten) or "warm".
+    pace: "paced" or "sustained". gap_seconds: the rest before each sample.
+    cycles, sm_mhz: SM cycles of one call and the SMs' mean clock, by sample; None without clock stamps.
+    event_seconds: the same samples by CUDA events, a cross-check; they include the launch of the graph.
+    kernels: names and grids of one call's kernels, where the graph tells them.
     """
 
     seconds: tuple[float, ...]
     calls_per_sample: int
     clock: str
     l2: str
+    pace: str = "paced"
+    gap_seconds: float = 0.0
+    cycles: tuple[float, ...] | None = None
+    sm_mhz: tuple[float, ...] | None = None
+    event_seconds: tuple[float, ...] | None = None
+    kernels: tuple[str, ...] | None = None
 
 
 class Clock(Protocol):
-    """Times a call. `name` and `l2` are those of its measurements."""
+    """Times calls that do the same work, each on a copy of the operands."""
 
-    name: str
-    l2: str
+    def copies(self, bytes_touched: int) -> int:
+        """How many copies of operands of this size `measure` wants."""
+        ...
 
-    def measure(self, call: Call) -> Measurement:
-        """Warm up, then sample until enough is known, within bounds of time and count."""
+    def measure(self, calls: Sequence[Call], bytes_touched: int, slowdown: float = 0.0) -> Measurement:
+        """Warm up, then sample until enough is known, within bounds of time and count.
+
+        slowdown: a share of the time that is spent idling in addition, inside of what is timed; for drills.
+        """
         ...
 
 
-def clock_for(device: Device) -> Clock:
-    return CudaEventClock(device) if device.is_cuda else CpuClock()
+def clock_for(device: Device, pace: str = "paced", warm: bool = False) -> Clock:
+    """The clock of a device. On a CPU there is one pace, and operands are as warm as repeated calls leave them."""
+    if not device.is_cuda:
+        return CpuClock()
+    from fp4bench.timing.cuda_clock import CudaClock
+    from fp4bench.timing.pacing import PACES
+
+    return CudaClock(device, PACES[pace], warm)
 
 
 class CpuClock:
-    """Wall time on the host, operands as warm as repeated calls leave them."""
+    """Wall time on the host."""
 
     name = "perf_counter"
-    l2 = "warm"
 
     # A sample of 2 ms is long beside the timer (50 ns). 0.15 s a case keeps the CPU set of about a hundred cases, set-up and
     # check included, within 90 s on 2 cores.
@@ -53,49 +71,22 @@ class CpuClock:
     budget_seconds = 0.15
     fewest, most = 7, 100
 
-    def measure(self, call: Call) -> Measurement:
-        once = min(self._time(call, 1), self._time(call, 1))
-        calls = max(1, round(self.sample_seconds / once))
-        count = min(self.most, max(self.fewest, int(self.budget_seconds / (calls * once))))
-        return Measurement(tuple(self._time(call, calls) for _ in range(count)), calls, self.name, self.l2)
+    def copies(self, bytes_touched: int) -> int:
+        return 1
 
-    def _time(self, call: Call, calls: int) -> float:
+    def measure(self, calls: Sequence[Call], bytes_touched: int = 0, slowdown: float = 0.0) -> Measurement:
+        (call,) = calls
+        once = min(self._time(call, 1, slowdown), self._time(call, 1, slowdown))
+        count = max(1, round(self.sample_seconds / once))
+        samples = min(self.most, max(self.fewest, int(self.budget_seconds / (count * once))))
+        seconds = tuple(self._time(call, count, slowdown) for _ in range(samples))
+        return Measurement(seconds, count, self.name, "warm")
+
+    def _time(self, call: Call, calls: int, slowdown: float) -> float:
         start = perf_counter()
         for _ in range(calls):
             call()
+        until = start + (perf_counter() - start) * (1 + slowdown)
+        while slowdown and perf_counter() < until:
+            pass
         return (perf_counter() - start) / calls
-
-
-class CudaEventClock:
-    """Device time between two events around one call, after the L2 was overwritten.
-
-    Writing a buffer of twice the L2 before each call evicts the operands, and gives the host about 30 us (H200) to queue the
-    call behind it. Longer launches show: those of calls with many kernels, and some 10 us of a single one.
-    """
-
-    name = "cuda_events"
-    l2 = "cold"
-
-    budget_seconds = 0.2
-    fewest, most = 10, 200
-
-    def __init__(self, device: Device) -> None:
-        assert device.l2_bytes is not None
-        self._flush = torch.empty(2 * device.l2_bytes, dtype=torch.int8, device=device.torch_name)
-        self._device = device.torch_name
-
-    def measure(self, call: Call) -> Measurement:
-        once = min(self._time(call, 3))
-        count = min(self.most, max(self.fewest, int(self.budget_seconds / once)))
-        return Measurement(self._time(call, count), 1, self.name, self.l2)
-
-    def _time(self, call: Call, count: int) -> tuple[float, ...]:
-        with torch.cuda.device(self._device):
-            events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-            for start, end in events:
-                self._flush.zero_()
-                start.record()
-                call()
-                end.record()
-            torch.cuda.synchronize()
-        return tuple(start.elapsed_time(end) * 1e-3 for start, end in events)

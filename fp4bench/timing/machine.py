@@ -1,13 +1,18 @@
 """Which machine this is: the key of its baselines, and the few facts that identify it."""
 
 import os
+import platform
 import re
+from collections.abc import Mapping
+from contextlib import closing
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from fp4bench.devices import Device
+from fp4bench.timing.telemetry import Telemetry
 
 
 def machine_key(device: Device) -> str:
@@ -17,7 +22,13 @@ def machine_key(device: Device) -> str:
 
 
 def machine_info(device: Device) -> dict[str, Any]:
-    """The machine's identity as a run stores it. `gpu` and what belongs to it are None on a CPU."""
+    """The machine's identity as a run stores it: small, JSON, and the same in every run until something changes.
+
+    `gpu` and what belongs to it are None on a CPU. `nvml` says why what the driver tells (`driver`, `power_limit_w` in watts,
+    `max_sm_mhz`, `max_memory_mhz`) is None, and is None itself where the driver was asked.
+    """
+    with closing(Telemetry.open(device)) as telemetry:
+        reason, driver_facts = telemetry.reason, telemetry.machine_facts()
     return {
         "machine": machine_key(device),
         "gpu": device.name if device.is_cuda else None,
@@ -25,14 +36,28 @@ def machine_info(device: Device) -> dict[str, Any]:
         "sm_count": device.sm_count,
         "l2_bytes": device.l2_bytes,
         "uuid": _uuid(device),
-        "driver": _driver() if device.is_cuda else None,
+        **driver_facts,
+        "nvml": reason,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "vllm": _version("vllm"),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "platform": f"{platform.system()}-{platform.machine()}",
         "cpu": device.name if not device.is_cuda else None,
         "cores": _cores(),
         "threads": torch.get_num_threads(),
     }
+
+
+def session(machine_info: Mapping[str, Any], now_utc: datetime) -> str:
+    """The unit of replication: runs of one card (a CPU: of one machine key) on one day in UTC have the same.
+
+    Raises ValueError for a time without a time zone.
+    """
+    if now_utc.tzinfo is None:
+        raise ValueError(f"the time {now_utc} of a session has no time zone: use datetime.now(timezone.utc)")
+    return f"{machine_info['uuid'] or machine_info['machine']} {now_utc.astimezone(timezone.utc):%Y-%m-%d}"
 
 
 def _cores() -> int:
@@ -43,21 +68,6 @@ def _uuid(device: Device) -> str | None:
     if not device.is_cuda:
         return None
     return f"GPU-{torch.cuda.get_device_properties(device.torch_name).uuid}"
-
-
-def _driver() -> str | None:
-    """The driver's version through nvidia-ml-py, or None where that is not installed or finds no driver."""
-    try:
-        import pynvml
-    except ModuleNotFoundError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        version_ = str(pynvml.nvmlSystemGetDriverVersion())
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None
-    return version_
 
 
 def _version(package: str) -> str | None:

@@ -5,23 +5,23 @@ import time
 import pytest
 
 from fp4bench.devices import find_device
-from fp4bench.timing.clock import CpuClock, CudaEventClock, clock_for
+from fp4bench.timing.clock import CpuClock, clock_for
 
 
 def test_the_cpu_clock_reads_the_time_of_one_call():
-    measurement = CpuClock().measure(lambda: time.sleep(0.005))
+    measurement = CpuClock().measure([lambda: time.sleep(0.005)])
     assert all(0.005 <= seconds < 0.05 for seconds in measurement.seconds)
 
 
 def test_short_calls_share_a_sample():
-    measurement = CpuClock().measure(lambda: None)
+    measurement = CpuClock().measure([lambda: None])
     assert measurement.calls_per_sample > 100
     assert CpuClock.fewest < len(measurement.seconds) <= CpuClock.most
 
 
 def test_a_slow_call_gets_the_fewest_samples_and_no_more():
     calls = []
-    measurement = CpuClock().measure(lambda: (calls.append(1), time.sleep(0.05)))
+    measurement = CpuClock().measure([lambda: (calls.append(1), time.sleep(0.05))])
     assert len(measurement.seconds) == CpuClock.fewest
     assert measurement.calls_per_sample == 1
     assert len(calls) == CpuClock.fewest + 2  # two to estimate
@@ -29,12 +29,12 @@ def test_a_slow_call_gets_the_fewest_samples_and_no_more():
 
 def test_samples_are_kept_in_time_order():
     delays = iter([0.02, 0.02] + [0.004 * i for i in range(1, 20)])
-    measurement = CpuClock().measure(lambda: time.sleep(next(delays)))
+    measurement = CpuClock().measure([lambda: time.sleep(next(delays))])
     assert list(measurement.seconds) == sorted(measurement.seconds)
 
 
 def test_a_measurement_says_its_clock_and_cache_state():
-    measurement = CpuClock().measure(lambda: None)
+    measurement = CpuClock().measure([lambda: None])
     assert (measurement.clock, measurement.l2) == ("perf_counter", "warm")
 
 
@@ -42,14 +42,83 @@ def test_the_device_decides_the_clock():
     assert isinstance(clock_for(find_device("cpu")), CpuClock)
 
 
+def test_a_drill_idles_inside_of_what_is_timed():
+    plain = CpuClock().measure([lambda: time.sleep(0.005)])
+    slow = CpuClock().measure([lambda: time.sleep(0.005)], slowdown=0.5)
+    assert min(slow.seconds) > 0.0075
+    assert min(plain.seconds) < 0.0075
+
+
+@pytest.fixture
+def cuda_clock():
+    return clock_for(find_device("cuda"))
+
+
+def middle(values):
+    return sorted(values)[len(values) // 2]
+
+
 @pytest.mark.gpu
-def test_the_event_clock_times_a_copy_cold():
+def test_the_stamped_clock_times_a_copy(cuda_clock):
     import torch
 
-    device = find_device("cuda")
-    x = torch.randn(1 << 28, device=device.torch_name)
+    x = torch.randn(1 << 28, device="cuda")
     y = torch.empty_like(x)
-    measurement = CudaEventClock(device).measure(lambda: y.copy_(x))
+    measured = cuda_clock.measure([lambda: y.copy_(x)], 2 << 30)
     # 1 GiB read and 1 GiB written: between 100 GB/s and 20 TB/s on any GPU of this project.
-    assert 1e-4 < sorted(measurement.seconds)[len(measurement.seconds) // 2] < 2e-2
-    assert measurement.l2 == "cold"
+    assert 1e-4 < middle(measured.seconds) < 2e-2
+    assert (measured.clock, measured.l2, measured.pace) == ("cuda_graph_stamps", "cold", "paced")
+    assert 300 < middle(measured.sm_mhz) < 4000
+    # Events hold the launch of the graph too: some 20 us (H200) of at least 2 ms.
+    assert middle(measured.event_seconds) == pytest.approx(middle(measured.seconds), rel=0.03)
+    assert measured.kernels
+    assert len(measured.kernels) == 1
+
+
+@pytest.mark.gpu
+def test_rotation_keeps_operands_out_of_the_l2(cuda_clock):
+    import torch
+
+    size = 12 << 20  # 24 MiB a copy and its source: warm in any L2 of a data center GPU
+    made = [
+        (torch.randn(size // 4, device="cuda"), torch.empty(size // 4, device="cuda"))
+        for _ in range(cuda_clock.copies(2 * size))
+    ]
+    assert len(made) > 2
+    calls = [lambda x=x, y=y: y.copy_(x) for x, y in made]
+    cold = cuda_clock.measure(calls, 2 * size)
+    warm = clock_for(find_device("cuda"), warm=True).measure(calls[:1], 2 * size)
+    assert (cold.l2, warm.l2) == ("cold", "warm")
+    assert middle(cold.seconds) > 1.2 * middle(warm.seconds)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1 << 12, 1 << 28])  # overwritten L2; large operands
+@pytest.mark.parametrize("slowdown", [0.05, 0.5])
+def test_a_drill_slows_down_by_what_it_says(cuda_clock, size, slowdown):
+    import torch
+
+    x = torch.randn(size, device="cuda")
+    y = torch.empty_like(x)
+    plain, slow, again = (cuda_clock.measure([lambda: y.copy_(x)], 8 * size, s) for s in (0.0, slowdown, 0.0))
+    base = (middle(plain.seconds) + middle(again.seconds)) / 2
+    assert middle(slow.seconds) / base - 1 == pytest.approx(slowdown, rel=0.15)
+    assert middle(slow.cycles) > middle(plain.cycles)
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_is_timed_by_events(cuda_clock):
+    import torch
+
+    x = torch.randn(1 << 20, device="cuda")
+    measured = cuda_clock.measure([lambda: x.sum().item()], x.nbytes)  # waits for the device
+    assert measured.clock == "cuda_events"
+    assert measured.cycles is None
+    # The device is as usable as before.
+    assert cuda_clock.measure([lambda: x.sum()], x.nbytes).clock == "cuda_graph_stamps"
+
+
+@pytest.mark.gpu
+def test_an_error_of_the_call_is_not_taken_for_one_of_capturing(cuda_clock):
+    with pytest.raises(ZeroDivisionError):
+        cuda_clock.measure([lambda: 1 / 0], 8)

@@ -1,0 +1,115 @@
+"""The clock of CUDA GPUs: calls in a CUDA graph between clock stamps, paced; CUDA events where that cannot be."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+
+from fp4bench.devices import Device
+from fp4bench.timing.clock import Call, Measurement
+from fp4bench.timing.graphs import Reading, TimedGraph, copies_needed, kernels_of, must_flush, stamps_available
+from fp4bench.timing.pacing import Pace, take
+
+# More nodes than this make capture and instantiation slower than what is measured: 10,000 launches take some 0.1 s.
+_MOST_CALLS = 1000
+
+
+class CudaClock:
+    """Device time of calls that are captured in a CUDA graph.
+
+    Several calls fill a sample. They work on copies of the operands that exceed the L2 together, or, where they are too small
+    for that, the L2 is overwritten before each call. A warm clock does neither.
+    """
+
+    def __init__(self, device: Device, pace: Pace, warm: bool = False) -> None:
+        assert device.l2_bytes is not None
+        self._device, self._l2_bytes, self._pace, self._warm = device, device.l2_bytes, pace, warm
+
+    def copies(self, bytes_touched: int) -> int:
+        return 1 if self._warm else copies_needed(bytes_touched, self._l2_bytes)
+
+    def measure(self, calls: Sequence[Call], bytes_touched: int, slowdown: float = 0.0) -> Measurement:
+        with torch.cuda.device(self._device.torch_name):
+            calls[0]()  # what a library sets up at its first call cannot be captured
+            flush = self._flush if not self._warm and must_flush(bytes_touched, self._l2_bytes) else None
+            try:
+                once = TimedGraph(calls, 1, self._device, flush)
+            except RuntimeError as error:
+                if not _not_capturable(error):
+                    raise
+                return self._measure_eagerly(calls[0], slowdown)
+            return self._measure_graphs(once, calls, flush, slowdown)
+
+    def _measure_graphs(
+        self, once: TimedGraph, calls: Sequence[Call], flush: torch.Tensor | None, slowdown: float
+    ) -> Measurement:
+        once.read()
+        seconds = once.read().seconds
+        rounds = max(1, min(round(self._pace.burst_seconds / seconds), _MOST_CALLS) // len(calls))
+        delay = max(0.0, slowdown * seconds * rounds * len(calls) - self._spin_overhead) if slowdown else 0.0
+        graph = once if rounds == 1 and not slowdown else TimedGraph(calls, rounds, self._device, flush, delay)
+        del once
+        readings, gap = take(graph.read, self._pace)
+        l2 = "warm" if self._warm else "cold" if flush is None else "cold_flush"
+        return replace(self._measurement(readings, graph.calls, l2), gap_seconds=gap, kernels=kernels_of(calls[0]))
+
+    def _measurement(self, readings: Sequence[Reading], calls: int, l2: str) -> Measurement:
+        stamped = stamps_available()
+        flushed = l2 == "cold_flush"  # events around the graph then hold the flushes too
+        return Measurement(
+            seconds=tuple(r.seconds for r in readings),
+            calls_per_sample=calls,
+            clock="cuda_graph_stamps" if stamped else "cuda_graph_events",
+            l2=l2,
+            pace=self._pace.name,
+            cycles=tuple(r.cycles or 0.0 for r in readings) if stamped else None,
+            sm_mhz=tuple(r.sm_mhz or 0.0 for r in readings) if stamped else None,
+            event_seconds=None if flushed else tuple(r.event_seconds for r in readings),
+        )
+
+    @cached_property
+    def _flush(self) -> torch.Tensor:
+        return torch.empty(2 * self._l2_bytes, dtype=torch.int8, device=self._device.torch_name)
+
+    @cached_property
+    def _spin_overhead(self) -> float:
+        """Seconds that a delay of no length takes in a graph: its launch."""
+        from fp4bench.timing.stamps import spin
+
+        many = TimedGraph([lambda: spin(0)], 200, self._device)
+        few = TimedGraph([lambda: spin(0)], 100, self._device)
+        many.read(), few.read()
+        return (many.read().seconds * 200 - few.read().seconds * 100) / 100
+
+    def _measure_eagerly(self, call: Call, slowdown: float) -> Measurement:
+        """By events around each call, for calls that cannot be captured.
+
+        Overwriting the L2 gives the host about 30 us (H200) to queue the call behind it. Longer launches show.
+        """
+        from fp4bench.timing.stamps import spin
+
+        def read() -> Reading:
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if not self._warm:
+                self._flush.zero_()
+            start.record()
+            call()
+            if delay:
+                spin(delay)
+            stop.record()
+            stop.synchronize()
+            seconds = start.elapsed_time(stop) * 1e-3
+            return Reading(seconds, None, seconds)
+
+        delay = 0
+        delay = round(1e9 * slowdown * min(read().seconds for _ in range(3)))
+        readings, gap = take(read, self._pace)
+        l2 = "warm" if self._warm else "cold_flush"
+        seconds = tuple(r.seconds for r in readings)
+        return Measurement(seconds, 1, "cuda_events", l2, self._pace.name, gap)
+
+
+def _not_capturable(error: RuntimeError) -> bool:
+    """Whether a capture failed because of what a call does, such as waiting for the device."""
+    return "captur" in str(error)

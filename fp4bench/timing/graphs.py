@@ -1,0 +1,170 @@
+"""Calls captured in a CUDA graph that nothing serves from L2, with clock stamps around them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from fp4bench.devices import Device
+
+Call = Callable[[], Any]
+
+# Copies of operands together exceed the L2 this many times before a call meets the first again. Twice leaves some lines:
+# replacement is not strictly least recently used.
+L2_TIMES = 3
+# More copies than this cost more to prepare than they are worth; then a write of twice the L2 before each call evicts instead.
+MOST_COPIES = 32
+
+
+# Where operands lie in memory changes a time by half a percent from process to process (BF16 GEMM at m = 16, NVIDIA H200); so
+# operands up to a quarter of a GiB get no fewer copies than this, and their times are averaged.
+PLACEMENTS = 4
+
+
+def copies_needed(bytes_touched: int, l2_bytes: int) -> int:
+    """How many copies of a case's operands keep it cold by rotation; 1 if one call alone does, or if no rotation can."""
+    if must_flush(bytes_touched, l2_bytes):
+        return 1
+    fewest = PLACEMENTS if bytes_touched <= 1 << 28 else 1
+    return max(fewest, -(-L2_TIMES * l2_bytes // bytes_touched))
+
+
+def must_flush(bytes_touched: int, l2_bytes: int) -> bool:
+    """Whether a case is so small that only an overwritten L2 makes it cold."""
+    return -(-L2_TIMES * l2_bytes // bytes_touched) > MOST_COPIES
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One replay: seconds, SM cycles (None without stamps) and seconds by CUDA events, each of one call."""
+
+    seconds: float
+    cycles: float | None
+    event_seconds: float
+
+    @property
+    def sm_mhz(self) -> float | None:
+        return None if self.cycles is None else self.cycles / self.seconds * 1e-6
+
+
+class TimedGraph:
+    """`rounds` rounds of all calls in one graph. `read` replays it once.
+
+    With a flush, each call stands between its own stamps and the L2 is overwritten before it; otherwise one pair of stamps
+    brackets all calls. `delay` seconds are spent inside the brackets, for drills.
+    """
+
+    def __init__(
+        self, calls: Sequence[Call], rounds: int, device: Device, flush: torch.Tensor | None = None, delay: float = 0.0
+    ) -> None:
+        assert device.sm_count is not None
+        self.calls = len(calls) * rounds
+        self._flush = flush
+        self._stamps = _stamps(self.calls if flush is not None else 1, device)
+        self._graph = torch.cuda.CUDAGraph()
+        self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._capture(calls, rounds, delay)
+        torch.cuda.synchronize()
+
+    def _capture(self, calls: Sequence[Call], rounds: int, delay: float) -> None:
+        # Each call's output lives until its copy is called again: outputs are as cold as operands.
+        kept: list[Any] = [None] * len(calls)
+        stamps, flush = self._stamps, self._flush
+        if stamps and flush is None:
+            stamps.start()
+        for number in range(self.calls):
+            if flush is not None:
+                flush.zero_()
+            if stamps and flush is not None:
+                stamps.start(number)
+            kept[number % len(calls)] = calls[number % len(calls)]()
+            if number == self.calls - 1 and delay:
+                from fp4bench.timing.stamps import spin
+
+                spin(round(delay * 1e9))
+            if stamps and flush is not None:
+                stamps.stop(number)
+        if stamps and flush is None:
+            stamps.stop()
+
+    def replay(self) -> None:
+        """Queue one replay that is not read."""
+        self._graph.replay()
+
+    def read(self) -> Reading:
+        """Replay once, wait, and read the clocks."""
+        start, stop = self._events
+        if self._stamps:
+            self._stamps.clear()
+        start.record()
+        self._graph.replay()
+        stop.record()
+        if self._stamps:
+            self._stamps.fetch()
+        torch.cuda.synchronize()
+        by_events = start.elapsed_time(stop) * 1e-3 / self.calls
+        if not self._stamps:
+            return Reading(by_events, None, by_events)
+        elapsed = self._stamps.read()
+        return Reading(sum(e.seconds for e in elapsed) / self.calls, sum(e.cycles for e in elapsed) / self.calls, by_events)
+
+
+def stamps_available() -> bool:
+    """Whether clock stamps can run: they are Triton kernels."""
+    return find_spec("triton") is not None
+
+
+def _stamps(pairs: int, device: Device) -> Any:
+    """Stamps, or None where they cannot run."""
+    if not stamps_available():
+        return None
+    from fp4bench.timing.stamps import Stamps
+
+    assert device.sm_count is not None
+    return Stamps(pairs, device.sm_count, device.torch_name)
+
+
+# A graph of more kernels than this is named by their number and a hash: eager code would fill a record with names.
+_MOST_NAMES = 8
+
+
+def kernels_of(call: Call) -> tuple[str, ...] | None:
+    """`name(grid)x(block)` of the kernels of one call, in the graph's order; None where the CUDA bindings are not installed."""
+    try:
+        from cuda.bindings import driver
+    except ModuleNotFoundError:
+        return None
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        kept = call()
+    del kept
+    raw = driver.CUgraph(graph.raw_cuda_graph())
+    _, _, count = driver.cuGraphGetNodes(raw)
+    _, nodes, _ = driver.cuGraphGetNodes(raw, count)
+    names = [name for name in (_kernel(driver, node) for node in nodes) if name]
+    if len(names) <= _MOST_NAMES:
+        return tuple(names)
+    digest = sha256("\n".join(sorted(names)).encode()).hexdigest()[:12]
+    return (f"{len(names)} kernels, sha256 {digest}",)
+
+
+def _kernel(driver: Any, node: Any) -> str | None:
+    error, kind = driver.cuGraphNodeGetType(node)
+    if error or kind != driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL:
+        return None
+    error, parameters = driver.cuGraphKernelNodeGetParams(node)
+    if error:
+        return None
+    error, name = driver.cuFuncGetName(parameters.func) if parameters.func else driver.cuKernelGetName(parameters.kern)
+    p = parameters
+    grid, block = (p.gridDimX, p.gridDimY, p.gridDimZ), (p.blockDimX, p.blockDimY, p.blockDimZ)
+    return None if error else f"{_short(name.decode())}{grid}x{block}".replace(" ", "")
+
+
+def _short(name: str) -> str:
+    """A mangled name's beginning and a hash of all of it, where it is long."""
+    return name if len(name) <= 64 else f"{name[:52]}~{sha256(name.encode()).hexdigest()[:8]}"
