@@ -168,7 +168,8 @@ def _signed(codes: torch.Tensor) -> torch.Tensor:
 def _spread(rows: int, affordable: float, device: torch.device) -> torch.Tensor:
     """Indices of all rows, or of as many as are affordable, evenly spaced from the first to the last."""
     count = min(rows, max(2, int(affordable)))
-    return torch.linspace(0, rows - 1, count, dtype=torch.float64, device=device).round().long().unique()
+    # On the CPU: unique on a GPU takes 17 ms (H200).
+    return torch.linspace(0, rows - 1, count, dtype=torch.float64).round().long().unique().to(device)
 
 
 def _refuse(bad: torch.Tensor, message: str, describe: Callable[[tuple[int, ...]], str]) -> None:

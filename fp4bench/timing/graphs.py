@@ -19,8 +19,8 @@ L2_TIMES = 3
 MOST_COPIES = 32
 
 
-# Where operands lie in memory changes a time by half a percent from process to process (BF16 GEMM at m = 16, NVIDIA H200); so
-# operands up to a quarter of a GiB get no fewer copies than this, and their times are averaged.
+# Operands up to a quarter of a GiB get no fewer copies than this: where one lies changes its time by percents (NVIDIA H200),
+# and the mean over several changes less.
 PLACEMENTS = 4
 
 
