@@ -1,11 +1,15 @@
-"""Stored runs: find the one to compare with, read it, and refuse what cannot be compared."""
+"""Stored runs: read them, refuse what cannot be compared, and gather the accepted ones of a machine into its baseline."""
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from fp4bench.evidence.record import FORMAT
+from fp4bench.evidence.record import COMPARABLE, FORMAT
+from fp4bench.evidence.storage import stored_runs
 
 
 class BaselineError(ValueError):
@@ -21,52 +25,155 @@ class Timing:
     record: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """One stored run: its file, when it was made, and its cases by id."""
+@dataclass(frozen=True, eq=False)
+class StoredRun:
+    """One stored run: its file, when it was made and where, what fp4bench says of it as a whole, and its cases by id."""
 
     path: Path
+    name: str
     datetime: str
     machine_info: dict[str, Any]
+    info: dict[str, Any]
     cases: dict[str, Timing]
 
+    @property
+    def session(self) -> str:
+        """The card and day of the run: the unit of replication."""
+        return str(self.info["session"])
 
-def find(folder: Path, wanted: str | None = None) -> Path | None:
-    """The stored run to compare with: the newest of a machine's folder, or the newest whose name starts with `wanted`.
 
-    `wanted` may also be the path of a file. None where nothing is stored; BaselineError where `wanted` matches nothing.
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """Accepted runs of one machine, oldest first; at least one."""
+
+    runs: tuple[StoredRun, ...]
+
+    @cached_property
+    def cases(self) -> dict[str, tuple[tuple[str, Timing], ...]]:
+        """Session and timing of each run that holds a case, oldest first, by case id.
+
+        Only the newest runs that are comparable with the newest one: a case whose work or clock changed starts anew there.
+        """
+        histories: defaultdict[str, list[tuple[str, Timing]]] = defaultdict(list)
+        for run in self.runs:
+            for case_id, timing in run.cases.items():
+                histories[case_id].append((run.session, timing))
+        return {case_id: _newest_stretch(history) for case_id, history in histories.items()}
+
+    def newest(self, case_id: str) -> Timing:
+        """The timing of the newest run that holds the case. Raises KeyError where none does."""
+        return self.cases[case_id][-1][1]
+
+    @property
+    def sessions(self) -> tuple[str, ...]:
+        """The sessions of the runs, oldest first."""
+        return tuple(dict.fromkeys(run.session for run in self.runs))
+
+    @property
+    def label(self) -> str:
+        """`0001_first..0006_night (6 runs, 3 sessions)`, or the one run's name."""
+        if len(self.runs) == 1:
+            return self.runs[0].name
+        sessions = len(self.sessions)
+        spelled = f"{sessions} session{'s' if sessions > 1 else ''}"
+        return f"{self.runs[0].name}..{self.runs[-1].name} ({len(self.runs)} runs, {spelled})"
+
+
+def _newest_stretch(history: list[tuple[str, Timing]]) -> tuple[tuple[str, Timing], ...]:
+    newest = history[-1][1].record
+    start = len(history)
+    while start and not_comparable(history[start - 1][1].record, newest) is None:
+        start -= 1
+    return tuple(history[start:])
+
+
+def not_comparable(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """Why two records of a case must not be compared: `clock was cuda_events, is cuda_graph_stamps`; None if they may be."""
+    for key in COMPARABLE:
+        if before.get(key) != after.get(key):
+            return f"{key} was {before.get(key)}, is {after.get(key)}"
+    return None
+
+
+def stored_files(folder: Path) -> list[Path]:
+    """The runs stored in a folder, by number, without files of raw samples. Empty without the folder."""
+    runs = stored_runs(folder) if folder.is_dir() else []
+    return [path for path in runs if not path.name.endswith(".samples.json")]
+
+
+def accepted(folder: Path, machine: str) -> Baseline | None:
+    """The baseline of a machine: every run stored in its folder. None where there is none.
+
+    Raises BaselineError for the first run that cannot be read or does not belong there: no run is left out in silence.
     """
-    if wanted and Path(wanted).is_file():
-        return Path(wanted)
-    stored = sorted(folder.glob("[0-9][0-9][0-9][0-9]_*.json"))
-    matching = [path for path in stored if path.name.startswith(wanted or "")]
-    if wanted and not matching:
+    files = stored_files(folder)
+    return Baseline(tuple(load(path, machine) for path in files)) if files else None
+
+
+def find(folder: Path, wanted: str, machine: str) -> Baseline:
+    """A baseline of one run: the file at the path `wanted`, or the newest stored run whose name starts with it.
+
+    Raises BaselineError where there is none, and as `load` does.
+    """
+    if Path(wanted).is_file():
+        return Baseline((load(Path(wanted), machine),))
+    stored = stored_files(folder)
+    matching = [path for path in stored if path.name.startswith(wanted)]
+    if not matching:
         names = ", ".join(path.stem for path in stored) or "nothing"
         raise BaselineError(f"no stored run {wanted!r} in {folder}, which holds {names}")
-    return matching[-1] if matching else None
+    return Baseline((load(matching[-1], machine),))
 
 
-def load(path: Path, machine: str) -> Baseline:
+def load(path: Path, machine: str) -> StoredRun:
     """Read a stored run of this machine. Raises BaselineError for an unreadable file, another format, or another machine."""
+    run = parse(read(path), path)
+    if (recorded_on := run.machine_info["machine"]) != machine:
+        raise BaselineError(f"the baseline {path} was recorded on {recorded_on}, and this machine is {machine}: not comparable")
+    return run
+
+
+def read(path: Path) -> Any:
+    """The JSON of a file. Raises BaselineError where it cannot be read, is truncated or is not JSON."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BaselineError(f"cannot read the baseline {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BaselineError(f"the baseline {path} is truncated or not JSON ({error}): restore or remove it") from error
+
+
+def parse(stored: Any, path: Path) -> StoredRun:
+    """The run that a file holds, of whatever machine. Raises BaselineError for another format and for what is not a run."""
     try:
         version = stored["fp4bench"]["format"]
-        recorded_on = stored["machine_info"]["machine"]
-        cases = {bench["extra_info"]["case_id"]: _timing(bench) for bench in stored["benchmarks"]}
-        made = stored["datetime"]
-    except (KeyError, TypeError) as error:
-        raise BaselineError(f"the baseline {path} is not a run that fp4bench stored: it has no {error}") from error
+        machine = stored["machine_info"]["machine"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise BaselineError(f"the baseline {path} is not a run that fp4bench stored: it has no {_missing(error)}") from error
     if version != FORMAT:
         raise BaselineError(f"the baseline {path} has format {version}, and this fp4bench reads {FORMAT}: record it anew")
-    if recorded_on != machine:
-        raise BaselineError(f"the baseline {path} was recorded on {recorded_on}, and this machine is {machine}: not comparable")
-    return Baseline(path, made, stored["machine_info"], cases)
+    try:
+        info, made, benches = dict(stored["fp4bench"]), str(stored["datetime"]), list(stored["benchmarks"])
+        _ = info["session"], str(machine)
+        timings = [(str(bench["extra_info"]["case_id"]), _timing(bench)) for bench in benches]
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise BaselineError(f"the baseline {path} is not a run that fp4bench stored: it has no {_missing(error)}") from error
+    cases = dict(timings)
+    if len(cases) < len(timings):
+        twice = next(case_id for i, (case_id, _) in enumerate(timings) if case_id in dict(timings[:i]))
+        raise BaselineError(f"the baseline {path} holds {twice} twice: record it anew")
+    return StoredRun(path, path.name.removesuffix(".json"), made, stored["machine_info"], info, cases)
+
+
+def _missing(error: Exception) -> str:
+    return str(error) if isinstance(error, KeyError | ValueError) else "such layout"
 
 
 def _timing(bench: dict[str, Any]) -> Timing:
-    return Timing(bench["stats"]["median"], bench["stats"]["min"], bench["extra_info"])
+    stats, record = bench["stats"], bench["extra_info"]
+    for name, value in (("median", stats["median"]), ("min", stats["min"]), ("cycles", record.get("cycles"))):
+        if name == "cycles" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value <= 0:
+            raise ValueError(f"positive {name} of {record['case_id']}")
+    return Timing(stats["median"], stats["min"], record)

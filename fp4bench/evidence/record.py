@@ -11,33 +11,48 @@ import numpy as np
 
 # Format history, stored as `fp4bench.format` in each file:
 # 1 - first version
-FORMAT = 1
+# 2 - paced timing by clock stamps: pace, cycles_q25, cycles_q75, event_seconds, gap_s, injected; the run says its session,
+#     whether it is complete and valid, its options, seed, ceilings and canaries, and for what reason it was accepted
+FORMAT = 2
 
 # What was computed, who computed it, what came out, and the state it was timed in.
 KEYS = (
     *("case_id", "op", "format", "mode", "provider", "provider_version", "model", "layer", "tp", "m", "n", "k"),
     *("hadamard", "experts", "topk", "scale_rule", "flops", "bytes"),
     *("tflops", "tflops_p20", "tflops_p80", "gbps", "roofline_fraction", "speedup_vs_bf16", "error", "exact"),
-    *("clock", "l2", "seconds_q10", "seconds_q25", "seconds_q75", "seconds_q90", "cycles", "sm_mhz", "sm_mhz_min"),
-    *("throttle_reasons", "power_w", "temperature_c", "samples", "calls_per_sample", "kernels", "skipped"),
+    *("clock", "l2", "pace", "gap_s", "seconds_q10", "seconds_q25", "seconds_q75", "seconds_q90", "event_seconds"),
+    *("cycles", "cycles_q25", "cycles_q75", "sm_mhz", "sm_mhz_min"),
+    *("throttle_reasons", "power_w", "temperature_c", "samples", "calls_per_sample", "kernels", "skipped", "injected"),
 )
 
 # Two measurements of a case are comparable only where these agree: the work, and how it was timed.
-COMPARABLE = ("flops", "bytes", "scale_rule", "clock", "l2")
+COMPARABLE = ("flops", "bytes", "scale_rule", "clock", "l2", "pace")
+
+# Modes whose activations have 8 bits, so that the rate of 8-bit matrix units bounds them; the others are held to 16 bits.
+_FP8_MODES = ("fp8", "w4a8")
 
 
-def make_record(facts: Mapping[str, Any], seconds: Sequence[float]) -> dict[str, Any]:
+def make_record(
+    facts: Mapping[str, Any],
+    seconds: Sequence[float],
+    cycles: Sequence[float] | None = None,
+    sm_mhz: Sequence[float] | None = None,
+    event_seconds: Sequence[float] | None = None,
+) -> dict[str, Any]:
     """The record of a case: `facts` by key, and what follows from the samples.
 
-    A percentile of a rate is that of the samples' rates: `tflops_p20` is reached or beaten by 80 % of them.
-    Raises ValueError for unknown keys and bad samples.
+    seconds, and where the clock gives them SM cycles, SM clock and seconds by CUDA events: of one call, one value a sample, in
+    time order. A percentile of a rate is that of the samples' rates: `tflops_p20` is reached or beaten by 80 % of them.
+    Raises ValueError for unknown keys, bad samples, and sequences of different lengths.
     """
     if unknown := facts.keys() - set(KEYS):
         raise ValueError(f"a record has no {', '.join(sorted(unknown))}")
-    if not seconds or not all(0 < s < float("inf") for s in seconds):
-        raise ValueError("a record needs samples, each a positive and finite number of seconds")
+    _check_samples("seconds", seconds, len(seconds))
+    for name, values in (("cycles", cycles), ("sm_mhz", sm_mhz), ("event_seconds", event_seconds)):
+        if values is not None:
+            _check_samples(name, values, len(seconds))
     q10, q20, q25, q75, q80, q90 = (float(q) for q in np.quantile(seconds, (0.1, 0.2, 0.25, 0.75, 0.8, 0.9)))
-    middle = median(seconds)
+    middle = float(median(seconds))
     tera = facts["flops"] * 1e-12
     derived = {
         "tflops": tera / middle if tera else None,
@@ -50,7 +65,22 @@ def make_record(facts: Mapping[str, Any], seconds: Sequence[float]) -> dict[str,
         "seconds_q90": q90,
         "samples": len(seconds),
     }
+    if cycles is not None:
+        q25, q50, q75 = (float(q) for q in np.quantile(cycles, (0.25, 0.5, 0.75)))
+        derived |= {"cycles": q50, "cycles_q25": q25, "cycles_q75": q75}
+    if sm_mhz is not None:
+        derived |= {"sm_mhz": float(median(sm_mhz)), "sm_mhz_min": float(min(sm_mhz))}
+    if event_seconds is not None:
+        derived["event_seconds"] = float(median(event_seconds))
     return dict.fromkeys(KEYS) | dict(facts) | derived
+
+
+def _check_samples(name: str, values: Sequence[float], expected: int) -> None:
+    if not values or not all(0 < value < float("inf") for value in values):
+        what = "seconds" if name == "seconds" else f"{name}, where given"
+        raise ValueError(f"a record needs samples, each a positive and finite number: {what}")
+    if len(values) != expected:
+        raise ValueError(f"a record needs one value a sample: {len(values)} of {name} for {expected} samples")
 
 
 def add_speedups(records: Iterable[dict[str, Any]], medians: Mapping[str, float]) -> None:
@@ -69,3 +99,18 @@ def add_speedups(records: Iterable[dict[str, Any]], medians: Mapping[str, float]
         base = bf16.get(tuple(record[key] for key in shape))
         if base is not None:
             record["speedup_vs_bf16"] = base / medians[record["case_id"]]
+
+
+def add_roofline(records: Iterable[dict[str, Any]], medians: Mapping[str, float], ceilings: Mapping[str, float | None]) -> None:
+    """Fill `roofline_fraction`: the least time that this machine's measured ceilings allow, over the median.
+
+    medians: seconds by case id. ceilings: copy_gbps, bf16_tflops and fp8_tflops; a fraction whose ceiling is None stays None.
+    """
+    copy = ceilings.get("copy_gbps")
+    for record in records:
+        rate = ceilings.get("fp8_tflops" if record["mode"] in _FP8_MODES else "bf16_tflops")
+        if copy is None or (record["flops"] and rate is None):
+            continue
+        moving = record["bytes"] / (copy * 1e9)
+        computing = record["flops"] / (rate * 1e12) if record["flops"] and rate else 0.0
+        record["roofline_fraction"] = max(moving, computing) / medians[record["case_id"]]

@@ -1,37 +1,299 @@
-"""Tables of verdicts for a terminal."""
+"""Verdicts and baselines as lines for a terminal, as Markdown, and as the rows of a verdicts file."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
 
-from fp4bench.evidence.baselines import Baseline, Timing
-from fp4bench.evidence.verdict import Outcome, Verdict
+from fp4bench.evidence.baselines import Baseline, StoredRun, Timing
+from fp4bench.evidence.histories import ENOUGH_SESSIONS, changed_kernels, mean_seconds
+from fp4bench.evidence.verdict import POLICIES, Outcome, Policies, Verdict, detectable, policy_of
+
+# A list of cases that nobody scrolls through; all of them are in the verdicts file.
+_MOST_ROWS = 10
+# GitHub refuses step summaries beyond 1 MiB and comments beyond 64 KiB.
+_MOST_BYTES = 60_000
+_SHARES = (0.003, 0.01)
+
+Row = Mapping[str, Any]
 
 
-def comparison(baseline: Baseline, now: Mapping[str, Timing], verdicts: Mapping[str, Verdict]) -> list[str]:
-    """A line a case: its id, baseline, now, change, and the outcome where it is not SAME."""
-    width = max(map(len, now), default=0)
-    lines = [f"{'case':<{width}}  {'baseline':>10}  {'now':>10}  {'change':>7}"]
-    for case_id, verdict in verdicts.items():
-        before = baseline.cases.get(case_id)
-        known = verdict.change is not None
-        lines.append(
-            f"{case_id:<{width}}  {duration(before.median) if before else '':>10}  {duration(now[case_id].median):>10}  "
-            f"{f'{verdict.change:+.1%}' if known else '':>7}  "
-            f"{'' if verdict.outcome is Outcome.SAME else verdict.outcome.value} {verdict.detail}".rstrip()
-        )
+def rows(baseline: Baseline | None, now: Mapping[str, Timing], verdicts: Mapping[str, Verdict]) -> dict[str, dict[str, Any]]:
+    """The verdicts as plain JSON values by case id, with the seconds of both sides; what is not known is None."""
+    return {case_id: _row(baseline, case_id, now.get(case_id), verdict) for case_id, verdict in verdicts.items()}
+
+
+def _row(baseline: Baseline | None, case_id: str, timing: Timing | None, verdict: Verdict) -> dict[str, Any]:
+    low, high = verdict.interval or (None, None)
+    return {
+        "outcome": verdict.outcome.value,
+        "reason": verdict.reason,
+        "change": verdict.change,
+        "low": low,
+        "high": high,
+        "mde": verdict.mde,
+        "detail": verdict.detail,
+        "baseline_seconds": mean_seconds(baseline, case_id) if baseline and case_id in baseline.cases else None,
+        "seconds": timing.median if timing else None,
+    }
+
+
+def summary(
+    baseline: Baseline,
+    now: Mapping[str, Timing],
+    verdicts: Mapping[str, Verdict],
+    machine_info: Mapping[str, Any],
+    policy: Policies = POLICIES,
+    stored: str | None = None,
+) -> list[str]:
+    """What an engineer needs at the end of a run: counts, the worst cases, what changed around them, and what to do.
+
+    stored: the path of this run's file as to be typed, None if it is not stored.
+    """
+    table = rows(baseline, now, verdicts)
+    lines = [f"{counts(verdicts)} against {baseline.label}"]
+    for outcome in Outcome:
+        found = _worst_first((case_id, row) for case_id, row in table.items() if row["outcome"] == outcome.value)
+        if outcome not in (Outcome.SAME, Outcome.INVALID) and found:
+            lines += ["", f"{outcome.value}:", *_listed(found, None if outcome is Outcome.REGRESSED else _MOST_ROWS)]
+    lines.append("")
+    if changes := environment_changes(baseline, machine_info):
+        lines.append(f"changed since {baseline.runs[-1].name}: {changes}")
+    if kernels := _kernel_changes(baseline, now):
+        lines.append(kernels)
+    lines.append(_trust(baseline, now, verdicts, policy))
+    lines += _acceptance(verdicts, stored)
     return lines
+
+
+def _worst_first(table: Iterable[tuple[str, Row]]) -> list[tuple[str, Row]]:
+    """By the size of the change; those without one after them, in their order."""
+    return sorted(table, key=lambda item: -abs(item[1]["change"] or 0.0))
+
+
+def _listed(found: Sequence[tuple[str, Row]], most: int | None) -> list[str]:
+    shown = found[:most]
+    width = max(len(case_id) for case_id, _ in shown)
+    lines = [f"  {case_id:<{width}}  {_numbers(row)}  {row['detail']}".rstrip() for case_id, row in shown]
+    return [*lines, f"  and {len(found) - len(shown)} more"] if len(found) > len(shown) else lines
+
+
+def _numbers(row: Row) -> str:
+    """`52.10 us -> 53.40 us   +2.5 % [+2.1 %, +2.9 %]`, with blanks for what is not known."""
+    then, here = (duration(row[key]) if row[key] else "-" for key in ("baseline_seconds", "seconds"))
+    return f"{then:>9} -> {here:>9}  {_change(row):>24}"
+
+
+def _change(row: Row) -> str:
+    if row["change"] is None:
+        return ""
+    interval = f" [{row['low']:+.1%}, {row['high']:+.1%}]" if row["low"] is not None else ""
+    return f"{row['change']:+.1%}{interval}"
 
 
 def counts(verdicts: Mapping[str, Verdict]) -> str:
     """How many cases had each outcome, in the order of `Outcome`."""
-    found = Counter(verdict.outcome for verdict in verdicts.values())
-    return ", ".join(f"{found[outcome]} {outcome.value}" for outcome in Outcome if found[outcome]) or "no case was timed"
+    return _counted(Counter(verdict.outcome.value for verdict in verdicts.values()))
 
 
-def environment_changes(baseline: Baseline, machine_info: Mapping[str, object]) -> str:
-    """What differs between the machine's facts then and now: `torch 2.11.0 -> 2.13.0`, or an empty string."""
-    changed = (key for key, value in machine_info.items() if baseline.machine_info.get(key) != value)
-    return ", ".join(f"{key} {baseline.machine_info.get(key)} -> {machine_info[key]}" for key in changed)
+def _counted(found: Mapping[str, int]) -> str:
+    known = [outcome.value for outcome in Outcome]
+    return ", ".join(f"{found[name]} {name}" for name in known if found.get(name)) or "no case was timed"
+
+
+def environment_changes(baseline: Baseline, machine_info: Mapping[str, Any]) -> str:
+    """What differs between the machine's facts in the baseline's newest run and now: `torch 2.11.0 -> 2.13.0`, or nothing."""
+    before = baseline.runs[-1].machine_info
+    keys = [*machine_info, *(key for key in before if key not in machine_info)]
+    changed = [key for key in keys if before.get(key) != machine_info.get(key)]
+    return ", ".join(f"{key} {before.get(key)} -> {machine_info.get(key)}" for key in changed)
+
+
+def _kernel_changes(baseline: Baseline, now: Mapping[str, Timing]) -> str:
+    known = {c: changed_kernels(baseline.newest(c).record, timing.record) for c, timing in now.items() if c in baseline.cases}
+    changed = {case_id: change for case_id, change in known.items() if change}
+    if not changed:
+        return ""
+    case_id, change = next(iter(changed.items()))
+    return f"other kernels in {_cases(len(changed))}, such as {case_id}: {change}"
+
+
+def _trust(baseline: Baseline, now: Mapping[str, Timing], verdicts: Mapping[str, Verdict], policy: Policies) -> str:
+    """What the baseline stands on, and how many cases it cannot judge."""
+    compared = [(case_id, verdict.mde) for case_id, verdict in verdicts.items() if verdict.mde is not None and case_id in now]
+    blind = [case_id for case_id, mde in compared if mde > policy_of(policy, now[case_id]).blind]
+    sessions = len(baseline.sessions)
+    text = f"the baseline has {_plural(len(baseline.runs), 'run')} of {_plural(sessions, 'session')}"
+    if sessions < ENOUGH_SESSIONS:
+        text += f", provisional: noise is assumed, not measured, until {ENOUGH_SESSIONS} sessions are accepted"
+    if blind:
+        text += f"; {len(blind)} of {_cases(len(compared))} are blind to small slowdowns (fp4bench report --spread names them)"
+    return text
+
+
+def _acceptance(verdicts: Mapping[str, Verdict], stored: str | None) -> list[str]:
+    wanted = [o.value for o in (Outcome.NEW, Outcome.FASTER) if any(v.outcome is o for v in verdicts.values())]
+    if not wanted or any(v.outcome is Outcome.INVALID for v in verdicts.values()):
+        return []
+    path = stored or "RUN.json"
+    note = "" if stored else " (store the run with --benchmark-save=NAME first)"
+    return [f'to accept what is {" and ".join(wanted)}: fp4bench accept {path} --name NAME --reason "..."{note}']
+
+
+def markdown(verdicts: Mapping[str, Any]) -> str:
+    """A verdicts file (`--verdicts`) as a summary for CI: counts, and the cases that are not SAME. Under 60 kB.
+
+    Raises ValueError where it is no verdicts file.
+    """
+    try:
+        title, table = str(verdicts["outcome"]), dict(verdicts["cases"])
+        lines = [f"### fp4bench: {_TITLES.get(title, title)}", "", _counted(Counter(row["outcome"] for row in table.values()))]
+        lines += [f"- {_escaped(reason)}" for reason in verdicts.get("invalid") or ()]
+        if failed := [_escaped(case_id) for case_id in verdicts.get("failed") or ()]:
+            more = f" and {len(failed) - _MOST_ROWS} more" if len(failed) > _MOST_ROWS else ""
+            lines.append(f"- failed, and so not judged: {', '.join(f'`{case_id}`' for case_id in failed[:_MOST_ROWS])}{more}")
+        lines += _markdown_rows(table, _MOST_BYTES - sum(len(line.encode()) + 1 for line in lines))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"this is no verdicts file of fp4bench: it lacks {error}") from error
+    return "\n".join(lines) + "\n"
+
+
+_TITLES = {
+    "ok": "no regression",
+    "regressed": "regressed",
+    "invalid": "the run is invalid, and nothing was judged",
+    "no_baseline": "this machine has no baseline, so nothing was compared",
+}
+
+
+def _markdown_rows(table: Mapping[str, Row], room: int) -> list[str]:
+    # Of an invalid run every case is INVALID, and says no more than the reasons above do.
+    order = [outcome.value for outcome in Outcome if outcome not in (Outcome.SAME, Outcome.INVALID)]
+    found = [item for name in order for item in _worst_first((c, row) for c, row in table.items() if row["outcome"] == name)]
+    if not found:
+        return []
+    lines = ["", "| case | outcome | baseline | now | change | detail |", "|---|---|---:|---:|---:|---|"]
+    room -= sum(len(line) + 1 for line in lines) + 100  # for the last line
+    for shown, (case_id, row) in enumerate(found):
+        then, here = (duration(row[key]) if row[key] else "" for key in ("baseline_seconds", "seconds"))
+        cells = (f"`{_escaped(case_id)}`", row["outcome"], then, here, _change(row), _escaped(row["detail"]))
+        line = f"| {' | '.join(cells)} |"
+        room -= len(line.encode()) + 1
+        if room < 0:
+            return [*lines, "", f"and {len(found) - shown} more; all are in the verdicts file"]
+        lines.append(line)
+    return lines
+
+
+def _escaped(text: str, most: int = 500) -> str:
+    """One line that Markdown shows as it is: details may quote the error of a provider."""
+    line = " ".join(text.split())
+    line = line if len(line) <= most else f"{line[:most]}..."
+    for character, replacement in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'")):
+        line = line.replace(character, replacement)
+    return line
+
+
+def half_ranges(baseline: Baseline) -> dict[str, float]:
+    """Half the range of a case's run medians over their median, for the cases that two or more runs hold."""
+    medians = {case_id: [t.median for _, t in runs] for case_id, runs in baseline.cases.items() if len(runs) > 1}
+    return {case_id: (max(seconds) - min(seconds)) / 2 / median(seconds) for case_id, seconds in medians.items()}
+
+
+def spread(baseline: Baseline, policy: Policies = POLICIES) -> list[str]:
+    """How well runs repeat, as a Markdown table by operation, mode and provider, and the blind cases by name."""
+    ranges, mdes = half_ranges(baseline), detectable(baseline, policy)
+    lines = [
+        f"{baseline.label}: {_cases(len(baseline.cases))}, {len(ranges)} of them in two or more runs.",
+        "",
+        "| cases | number | half range <= 0.3 % | <= 1 % | median | largest | smallest slowdown seen (median) |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, members in _groups(baseline, ranges):
+        lines.append(_spread_row(name, [ranges[c] for c in members], [mdes[c] for c in members]))
+    blind = [c for c in baseline.cases if c not in ranges or ranges[c] > _SHARES[1] or mdes[c] > _blind(baseline, policy, c)]
+    blind.sort(key=lambda case_id: -mdes[case_id])
+    lines += [
+        "",
+        f"Blind: {_cases(len(blind))} with a half range beyond 1 % or a smallest detectable slowdown beyond the policy's.",
+    ]
+    lines += [f"- `{c}`: half range {_percent(ranges.get(c))}, smallest slowdown seen {_percent(mdes[c])}" for c in blind]
+    return lines
+
+
+def _groups(baseline: Baseline, members: Iterable[str]) -> list[tuple[str, list[str]]]:
+    groups: dict[str, list[str]] = {}
+    everyone = list(members)
+    for case_id in everyone:
+        record = baseline.newest(case_id).record
+        name = " ".join(str(record[key]) for key in ("op", "mode", "provider") if record.get(key))
+        groups.setdefault(name or "other", []).append(case_id)
+    return [*sorted(groups.items()), ("**all**", everyone)]
+
+
+def _spread_row(name: str, ranges: Sequence[float], mdes: Sequence[float]) -> str:
+    if not ranges:
+        return f"| {name} | 0 | | | | | |"
+    within = [f"{sum(r <= share for r in ranges) / len(ranges):.0%}" for share in _SHARES]
+    cells = (name, str(len(ranges)), *within, _percent(median(ranges)), _percent(max(ranges)), _percent(median(mdes)))
+    return f"| {' | '.join(cells)} |"
+
+
+def _blind(baseline: Baseline, policy: Policies, case_id: str) -> float:
+    return policy_of(policy, baseline.newest(case_id)).blind
+
+
+def accepted_runs(baseline: Baseline) -> list[str]:
+    """The runs of a baseline as a Markdown table: when, on what, how long, and for what reason each was accepted."""
+    lines = ["| run | recorded (UTC) | session | cases | wall time | reason |", "|---|---|---|---:|---:|---|"]
+    for run in baseline.runs:
+        wall, reason = run.info.get("wall_s"), (run.info.get("accepted") or {}).get("reason", "")
+        cells = (
+            run.name,
+            run.datetime[:16],
+            run.session,
+            str(len(run.cases)),
+            f"{wall:.0f} s" if wall else "",
+            _escaped(reason),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def before_after(baseline: Baseline | None, runs: Sequence[StoredRun], most: int = 20) -> list[str]:
+    """What accepting runs changes: each case's mean before and in these runs, the largest changes first."""
+    after = Baseline(tuple(runs))
+    if baseline is None:
+        return [f"the first baseline of this machine: {_cases(len(after.cases))} in {_plural(len(runs), 'run')}"]
+    both = [case_id for case_id in after.cases if case_id in baseline.cases]
+    change = {case_id: mean_seconds(after, case_id) / mean_seconds(baseline, case_id) - 1 for case_id in both}
+    order = sorted(both, key=lambda case_id: -abs(change[case_id]))
+    lines = [f"{_cases(len(both))} beside {baseline.label}, the largest changes first:"]
+    width = max(map(len, order[:most]), default=0)
+    for case_id in order[:most]:
+        then, here = duration(mean_seconds(baseline, case_id)), duration(mean_seconds(after, case_id))
+        lines.append(f"  {case_id:<{width}}  {then:>9} -> {here:>9}  {change[case_id]:+.2%}")
+    if rest := order[most:]:
+        lines.append(f"  and {len(rest)} more, none beyond {abs(change[rest[0]]):.2%}")
+    for what, ids in (
+        ("new", [c for c in after.cases if c not in baseline.cases]),
+        ("only in the baseline", [c for c in baseline.cases if c not in after.cases]),
+    ):
+        if ids:
+            lines.append(f"{what}: {_cases(len(ids))}: {', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}")
+    return lines
+
+
+def _cases(number: int) -> str:
+    return _plural(number, "case")
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.2%}"
 
 
 def duration(seconds: float) -> str:

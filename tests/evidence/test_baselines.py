@@ -1,83 +1,157 @@
-"""Finding, reading and refusing stored runs."""
+"""Reading and refusing stored runs, and gathering them into a baseline."""
 
 import json
+import time
 
 import pytest
+from recorded import CASES, MACHINE, edited, stored_run, write
 
-from fp4bench.evidence.baselines import BaselineError, find, load
+from fp4bench.evidence.baselines import BaselineError, accepted, find, load
 from fp4bench.evidence.record import FORMAT
 
 
-def stored_run(**changes):
-    run = {
-        "machine_info": {"machine": "NVIDIA-H200", "torch": "2.11.0"},
-        "datetime": "2026-11-21T06:53:07",
-        "fp4bench": {"format": FORMAT},
-        "benchmarks": [{"extra_info": {"case_id": "gemm-a"}, "stats": {"median": 2.0, "min": 1.0}}],
-    }
-    return run | changes
+def test_a_run_is_read(tmp_path):
+    run = load(write(tmp_path / "0001_a.json", stored_run()), MACHINE)
+    assert run.name == "0001_a"
+    assert tuple(run.cases) == CASES
+    assert run.cases[CASES[0]].fastest < run.cases[CASES[0]].median
+    assert run.machine_info["torch"] == "2.11.0"
+    assert run.session == "GPU-1 2026-11-01"
+    assert run.info["wall_s"] == 61.0
 
 
-def write(folder, name, run):
-    path = folder / name
-    path.write_text(run if isinstance(run, str) else json.dumps(run), encoding="utf-8")
-    return path
+def without(run, *keys):
+    """The run without what these keys lead to."""
+    changed = json.loads(json.dumps(run))
+    inner = changed
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    return changed
 
 
-def test_the_newest_number_is_found(tmp_path):
-    for name in ("0002_b.json", "0010_a.json", "0001_z.json", "notes.json", "12_short.json"):
-        write(tmp_path, name, stored_run())
-    assert find(tmp_path).name == "0010_a.json"
-    assert find(tmp_path, "0002").name == "0002_b.json"
-    assert find(tmp_path, str(tmp_path / "notes.json")).name == "notes.json"
+def with_stat(name, value):
+    return edited(stored_run(), lambda bench: bench["stats"].update({name: value}))
 
 
-def test_nothing_stored_is_no_baseline(tmp_path):
-    assert find(tmp_path / "absent") is None
+DAMAGED = [
+    pytest.param(
+        stored_run() | {"machine_info": {"machine": "NVIDIA-B200"}}, "recorded on NVIDIA-B200.*is NVIDIA-H200", id="gpu"
+    ),
+    pytest.param(stored_run(format=99), f"format 99, and this fp4bench reads {FORMAT}", id="newer-format"),
+    pytest.param(stored_run(format=1), "format 1, .*record it anew", id="older-format"),
+    pytest.param({"benchmarks": []}, "not a run that fp4bench stored: it has no 'fp4bench'", id="foreign"),
+    pytest.param(without(stored_run(), "fp4bench", "session"), "has no 'session'", id="no-session"),
+    pytest.param(without(stored_run(), "datetime"), "has no 'datetime'", id="no-datetime"),
+    pytest.param(without(stored_run(), "benchmarks", 3, "extra_info"), "has no 'extra_info'", id="no-record"),
+    pytest.param(without(stored_run(), "benchmarks", 3, "stats", "median"), "has no 'median'", id="no-median"),
+    pytest.param(with_stat("median", float("nan")), "no positive median of", id="nan"),
+    pytest.param(with_stat("median", -1.0), "no positive median of", id="negative"),
+    pytest.param(with_stat("min", None), "no positive min of", id="null"),
+    pytest.param(edited(stored_run(), lambda b: b["extra_info"].update(cycles=0)), "no positive cycles of", id="no-cycles"),
+    pytest.param(
+        edited(stored_run(), lambda b: b["extra_info"].update(case_id=CASES[1])), f"holds {CASES[1]} twice", id="twice"
+    ),
+    pytest.param(stored_run() | {"benchmarks": 3}, "not a run that fp4bench stored", id="a-number-for-cases"),
+    pytest.param(json.dumps(stored_run())[:-20], "truncated or not JSON", id="truncated"),
+    pytest.param("", "truncated or not JSON", id="empty"),
+    pytest.param("[" * 100_000, "truncated or not JSON", id="too-deep"),
+    pytest.param("[1, 2]", "not a run that fp4bench stored", id="a-list"),
+    pytest.param("7", "not a run that fp4bench stored", id="a-number"),
+]
 
 
-def test_a_run_that_is_not_there_is_named_with_those_that_are(tmp_path):
-    write(tmp_path, "0001_first.json", stored_run())
-    with pytest.raises(BaselineError, match=r"no stored run '0007' in .*, which holds 0001_first"):
-        find(tmp_path, "0007")
-
-
-def test_cases_are_read_by_id(tmp_path):
-    baseline = load(write(tmp_path, "0001_a.json", stored_run()), "NVIDIA-H200")
-    assert baseline.cases["gemm-a"].median == 2.0
-    assert baseline.cases["gemm-a"].fastest == 1.0
-    assert baseline.machine_info["torch"] == "2.11.0"
-
-
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
-        pytest.param(
-            stored_run(machine_info={"machine": "NVIDIA-B200"}), "recorded on NVIDIA-B200.*is NVIDIA-H200", id="machine"
-        ),
-        pytest.param(stored_run(fp4bench={"format": 99}), f"format 99, and this fp4bench reads {FORMAT}", id="format"),
-        pytest.param({"benchmarks": []}, "not a run that fp4bench stored", id="foreign"),
-        pytest.param(stored_run(benchmarks=[{"stats": {}}]), "not a run that fp4bench stored", id="no-extra-info"),
-        pytest.param(json.dumps(stored_run())[:-20], "truncated or not JSON", id="truncated"),
-        pytest.param("", "truncated or not JSON", id="empty"),
-        pytest.param("[1, 2]", "not a run that fp4bench stored", id="a-list"),
-    ],
-)
+@pytest.mark.parametrize(("run", "message"), DAMAGED)
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, run, message):
-    path = write(tmp_path, "0001_a.json", run)
+    path = write(tmp_path / "0001_a.json", run)
     with pytest.raises(BaselineError, match=message) as refusal:
-        load(path, "NVIDIA-H200")
+        load(path, MACHINE)
     assert str(path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(("run", "message"), DAMAGED)
+def test_one_damaged_run_refuses_the_baseline(tmp_path, run, message):
+    write(tmp_path / "0001_a.json", stored_run(1))
+    path = write(tmp_path / "0002_b.json", run)
+    write(tmp_path / "0003_c.json", stored_run(3))
+    with pytest.raises(BaselineError, match=message) as refusal:
+        accepted(tmp_path, MACHINE)
+    assert str(path) in str(refusal.value)
+
+
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(BaselineError, match="cannot read the baseline"):
-        load(tmp_path, "NVIDIA-H200")  # a folder
+        load(tmp_path, MACHINE)  # a folder
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "0001_a.json"
     path.write_bytes(b"\xff\xfe\x00garbage")
     with pytest.raises(BaselineError, match="truncated or not JSON"):
-        load(path, "NVIDIA-H200")
+        load(path, MACHINE)
+
+
+def test_nothing_stored_is_no_baseline(tmp_path):
+    assert accepted(tmp_path / "absent", MACHINE) is None
+    write(tmp_path / "notes.json", "{}")
+    assert accepted(tmp_path, MACHINE) is None
+
+
+def test_all_accepted_runs_are_the_baseline_in_order_of_their_numbers(tmp_path):
+    for number in (2, 10, 1):
+        write(tmp_path / f"{number:04}_z.json", stored_run(number, day=min(number, 2)))
+    for ignored in ("0001_z.samples.json", "12_short.json", "notes.json"):
+        write(tmp_path / ignored, "not a run")
+    baseline = accepted(tmp_path, MACHINE)
+    assert [run.name for run in baseline.runs] == ["0001_z", "0002_z", "0010_z"]
+    assert [session for session, _ in baseline.cases[CASES[0]]] == ["GPU-1 2026-11-01", "GPU-1 2026-11-02", "GPU-1 2026-11-02"]
+    assert baseline.newest(CASES[0]) is baseline.runs[-1].cases[CASES[0]]
+    assert len(baseline.sessions) == 2
+    assert baseline.label == "0001_z..0010_z (3 runs, 2 sessions)"
+
+
+def test_a_case_that_some_runs_hold_is_in_the_baseline(tmp_path):
+    write(tmp_path / "0001_a.json", stored_run(1))
+    write(tmp_path / "0002_b.json", stored_run(2, cases=CASES[:3]))
+    baseline = accepted(tmp_path, MACHINE)
+    assert [len(baseline.cases[case_id]) for case_id in CASES[2:4]] == [2, 1]
+
+
+@pytest.mark.parametrize(("key", "value"), [("clock", "cuda_events"), ("pace", "sustained"), ("l2", "warm"), ("bytes", 7)])
+def test_a_case_whose_work_or_clock_changed_starts_anew(tmp_path, key, value):
+    def edit(bench):
+        bench["extra_info"][key] = value
+
+    for number, other in ((1, False), (2, True), (3, False), (4, False)):
+        run = stored_run(number)
+        write(tmp_path / f"{number:04}_a.json", edited(run, edit) if other else run)
+    baseline = accepted(tmp_path, MACHINE)
+    assert [session[-2:] for session, _ in baseline.cases[CASES[0]]] == ["03", "04"]
+    assert [session[-2:] for session, _ in baseline.cases[CASES[1]]] == ["01", "02", "03", "04"]
+
+
+def test_one_run_is_found_by_its_number_or_path(tmp_path):
+    for number in (1, 2, 10):
+        write(tmp_path / f"{number:04}_a.json", stored_run(number))
+    elsewhere = write(tmp_path / "other" / "run.json", stored_run(5))
+    assert [run.name for run in find(tmp_path, "0002", MACHINE).runs] == ["0002_a"]
+    assert find(tmp_path, "00", MACHINE).label == "0010_a"  # the newest of those that match
+    assert find(tmp_path, str(elsewhere), MACHINE).runs[0].datetime.startswith("2026-11-05")
+
+
+def test_a_run_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    write(tmp_path / "0001_first.json", stored_run())
+    with pytest.raises(BaselineError, match=r"no stored run '0007' in .*, which holds 0001_first"):
+        find(tmp_path, "0007", MACHINE)
+    with pytest.raises(BaselineError, match=r"no stored run '0007' in .*, which holds nothing"):
+        find(tmp_path / "absent", "0007", MACHINE)
+
+
+def test_a_large_baseline_loads_quickly(tmp_path):
+    cases = tuple(f"case-{i}" for i in range(500))
+    for number in range(1, 21):
+        write(tmp_path / f"{number:04}_a.json", stored_run(number, cases=cases))
+    start = time.process_time()
+    assert len(accepted(tmp_path, MACHINE).cases) == 500
+    assert time.process_time() - start < 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fp4bench.evidence.record import KEYS, add_speedups, make_record
+from fp4bench.evidence.record import COMPARABLE, FORMAT, KEYS, add_roofline, add_speedups, make_record
 
 FACTS = {"case_id": "gemm-x", "op": "gemm", "mode": "w4a4", "flops": 2_000_000_000, "bytes": 1_000_000}
 
@@ -68,3 +68,56 @@ def test_speedup_is_over_bf16_of_the_same_layer_and_batch():
     records = [_record("base", "bf16", 1), _record("fp4", "w4a4", 1), _record("other", "w4a4", 2)]
     add_speedups(records, {"base": 3.0, "fp4": 2.0, "other": 1.0})
     assert [r["speedup_vs_bf16"] for r in records] == [1.0, 1.5, None]
+
+
+def test_cycles_clock_and_events_are_summed_up():
+    record = make_record(FACTS, [1e-3, 2e-3, 3e-3], [100, 200, 400], [1800, 1500, 1700], [1.1e-3, 2.1e-3, 3.1e-3])
+    assert (record["cycles"], record["cycles_q25"], record["cycles_q75"]) == (200, 150, 300)
+    assert (record["sm_mhz"], record["sm_mhz_min"]) == (1700, 1500)
+    assert record["event_seconds"] == 2.1e-3
+    assert {type(record[key]) for key in ("cycles", "cycles_q25", "sm_mhz", "sm_mhz_min", "event_seconds")} == {float}
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ({"cycles": [1.0]}, "one value a sample: 1 of cycles for 2"),
+        ({"sm_mhz": [1.0, 0.0]}, "positive and finite number: sm_mhz"),
+        ({"event_seconds": [1.0, float("nan")]}, "positive and finite number: event_seconds"),
+        ({"cycles": []}, "needs samples"),
+    ],
+)
+def test_bad_second_witnesses_are_refused(samples, message):
+    with pytest.raises(ValueError, match=message):
+        make_record(FACTS, [1e-3, 2e-3], **samples)
+
+
+def test_what_makes_timings_comparable_is_recorded():
+    assert FORMAT == 2
+    assert set(COMPARABLE) <= set(KEYS)
+    assert {"pace", "cycles_q25", "cycles_q75", "event_seconds", "gap_s", "injected"} <= set(KEYS)
+
+
+CEILINGS = {"copy_gbps": 4000.0, "bf16_tflops": 800.0, "fp8_tflops": 1600.0}
+
+
+@pytest.mark.parametrize(
+    ("mode", "flops", "moved", "ceilings", "fraction"),
+    [
+        pytest.param("w4a16", 8e9, 4e6, CEILINGS, 0.5, id="compute-bound"),
+        pytest.param("w4a4", 8e9, 4e6, CEILINGS, 0.5, id="no-ceiling-of-its-own"),
+        pytest.param("fp8", 8e9, 4e6, CEILINGS, 0.25, id="fp8-at-the-fp8-rate"),
+        pytest.param("w4a8", 8e9, 4e6, CEILINGS, 0.25, id="fp8-activations"),
+        pytest.param("w4a16", 8e6, 64e6, CEILINGS, 0.8, id="memory-bound"),
+        pytest.param(None, 0, 64e6, CEILINGS, 0.8, id="no-products"),
+        pytest.param("fp8", 8e9, 4e6, CEILINGS | {"fp8_tflops": None}, None, id="unknown-rate"),
+        pytest.param("fp8", 8e9, 4e6, CEILINGS | {"bf16_tflops": None}, 0.25, id="another-rate-unknown"),
+        pytest.param("w4a16", 8e9, 4e6, CEILINGS | {"copy_gbps": None}, None, id="unknown-bandwidth"),
+        pytest.param(None, 0, 64e6, CEILINGS | {"bf16_tflops": None}, 0.8, id="a-rate-that-is-not-needed"),
+        pytest.param("w4a16", 8e9, 4e6, {}, None, id="nothing-measured"),
+    ],
+)
+def test_the_roofline_is_that_of_measured_ceilings(mode, flops, moved, ceilings, fraction):
+    record = {"case_id": "a", "mode": mode, "flops": flops, "bytes": moved, "roofline_fraction": None}
+    add_roofline([record], {"a": 20e-6}, ceilings)
+    assert record["roofline_fraction"] == (None if fraction is None else pytest.approx(fraction))

@@ -1,0 +1,125 @@
+"""A case's accepted runs by each witness: seconds, and SM cycles or, where a clock gives none, the fastest sample."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import exp, log
+from typing import Any
+
+from fp4bench.evidence import statistics
+from fp4bench.evidence.baselines import Baseline, Timing
+from fp4bench.evidence.statistics import Prior, Spread
+
+ENOUGH_SESSIONS = 3
+# What the allowance is worth beside the few runs of a case: much, for one or two sessions hardly show how sessions differ.
+_ALLOWANCE_FREEDOM = 30.0
+# And what it is worth where there are sessions enough, and too few cases to say what is usual among them.
+_ALLOWANCE_FREEDOM_LATER = 4.0
+
+
+@dataclass(frozen=True)
+class Effects:
+    """How a timing differs from the baseline's mean, in logarithms; positive is slower, or a higher SM clock.
+
+    second: by `witness`, "cycles" or "fastest". clock: None where either side does not know its SM clock.
+    """
+
+    time: float
+    second: float
+    witness: str
+    clock: float | None
+
+
+def effects(baseline: Baseline, case_id: str, timing: Timing) -> Effects:
+    """A timing against the mean of its case's accepted runs, by both witnesses."""
+    history = _histories(baseline)[case_id]
+    witness = "cycles" if history.cycles and timing.record.get("cycles") else "fastest"
+    mean = history.spread(witness).mean
+    value = timing.record["cycles"] if witness == "cycles" else timing.fastest
+    mhz = timing.record.get("sm_mhz")
+    clock = log(mhz) - history.log_mhz if mhz and history.log_mhz is not None else None
+    return Effects(log(timing.median) - history.time.mean, log(value) - mean, witness, clock)
+
+
+def mean_seconds(baseline: Baseline, case_id: str) -> float:
+    """The baseline's mean of a case's medians: what a change is relative to."""
+    return exp(_histories(baseline)[case_id].time.mean)
+
+
+def mean_mhz(baseline: Baseline, case_id: str) -> float | None:
+    """The mean SM clock of a case's accepted runs, None where one does not know it."""
+    mean = _histories(baseline)[case_id].log_mhz
+    return None if mean is None else exp(mean)
+
+
+def changed_kernels(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """`kernels were a, b, are c` where both records name them and they differ; else nothing."""
+    then, now = before.get("kernels"), after.get("kernels")
+    if not then or not now or list(then) == list(now):
+        return ""
+    return f"kernels were {', '.join(map(str, then))}, are {', '.join(map(str, now))}"
+
+
+@dataclass(frozen=True)
+class _History:
+    """A case's accepted runs by each witness, before anything is shared between cases."""
+
+    clock: str | None
+    time: Spread
+    fastest: Spread
+    cycles: Spread | None
+    log_mhz: float | None
+
+    def spread(self, witness: str) -> Spread:
+        if witness == "cycles":
+            assert self.cycles is not None
+            return self.cycles
+        return self.time if witness == "time" else self.fastest
+
+
+@lru_cache(maxsize=4)
+def _histories(baseline: Baseline) -> dict[str, _History]:
+    return {case_id: _history(runs) for case_id, runs in baseline.cases.items()}
+
+
+def _history(runs: tuple[tuple[str, Timing], ...]) -> _History:
+    def spread(values: Iterable[float]) -> Spread:
+        sessions: dict[str, list[float]] = {}
+        for (session, _), value in zip(runs, values, strict=True):
+            sessions.setdefault(session, []).append(log(value))
+        return statistics.spread(sessions.values())
+
+    timings = [timing for _, timing in runs]
+    cycles: list[Any] = [timing.record.get("cycles") for timing in timings]
+    mhz: list[Any] = [timing.record.get("sm_mhz") for timing in timings]
+    return _History(
+        timings[-1].record.get("clock"),
+        spread(timing.median for timing in timings),
+        spread(timing.fastest for timing in timings),
+        spread(cycles) if all(cycles) else None,
+        sum(map(log, mhz)) / len(mhz) if all(mhz) else None,
+    )
+
+
+@lru_cache(maxsize=64)
+def _prior(baseline: Baseline, clock: str | None, witness: str) -> Prior | None:
+    """What the cases of enough sessions say of each other's variances: those timed by one clock are one population."""
+    histories = [history for history in _histories(baseline).values() if history.clock == clock]
+    spreads = [h.spread(witness) for h in histories if witness != "cycles" or h.cycles]
+    return statistics.fit_prior(spread for spread in spreads if spread.sessions >= ENOUGH_SESSIONS)
+
+
+def moderated(baseline: Baseline, case_id: str, witness: str, allowance: float) -> Spread:
+    """A case's spread with what is known beside its own runs: the other cases, or, of few sessions or cases, the allowance.
+
+    allowance: the standard deviation of one run on a new session, as a share.
+    """
+    history = _histories(baseline)[case_id]
+    own = history.spread(witness)
+    enough = own.sessions >= ENOUGH_SESSIONS
+    if enough and (prior := _prior(baseline, history.clock, witness)):
+        return statistics.moderate(own, prior)
+    weight = _ALLOWANCE_FREEDOM_LATER if enough else _ALLOWANCE_FREEDOM
+    assumed = statistics.moderate(own, Prior(statistics.to_log(allowance) ** 2, weight))
+    # An assumption may not vouch for a case that is seen to scatter more.
+    return replace(assumed, variance=max(assumed.variance, own.variance))

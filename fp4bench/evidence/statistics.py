@@ -1,0 +1,177 @@
+"""What the accepted runs of a case say of the next one: variances of runs and sessions, shared across cases; Holm; power.
+
+All values are natural logarithms of seconds or cycles: a difference of 0.02 is a change of 2 %, and slower mirrors faster.
+The unit of replication is the session (one machine on one day), within it the run; samples of one run replicate nothing.
+Degrees of freedom are called `freedom`; they need not be whole.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import expm1, inf, log1p, sqrt
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special  # type: ignore[import-untyped,unused-ignore]
+
+Floats = NDArray[np.float64]
+
+# Beyond this a t distribution is normal to all digits that matter; scipy's t takes no infinite freedom.
+_MOST_FREEDOM = 1e6
+# A standard deviation of 1e-6 of a case's time: less than any clock resolves. Runs that agree to the bit have no variance.
+_LEAST_VARIANCE = 1e-12
+# The moments of log variances from fewer cases say nothing of how variances scatter.
+_FEWEST_CASES = 5
+# A slowdown of the minimum detectable size passes each of two witnesses with 97.5 %, so both with at least 95 %.
+_MISS_A_WITNESS = 0.025
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A case by one witness (time or cycles).
+
+    mean: of the session means. variance: of one run in a session of its own, around the true mean. freedom: of `variance`, 0
+    where nothing is known of it. sessions: how many are behind `mean`.
+    """
+
+    mean: float
+    variance: float
+    freedom: float
+    sessions: int
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is known of a case's variance before its own runs: a typical value, and how many degrees of freedom it is worth."""
+
+    variance: float
+    freedom: float
+
+
+def spread(sessions: Iterable[Sequence[float]]) -> Spread:
+    """Mean and variance of a case from its runs, one sequence a session.
+
+    Method of moments of a one-way random-effects layout with unequal group sizes, on unweighted session means: their mean
+    square estimates between + within * mean(1 / runs), that of runs around their session's mean estimates within. `variance`
+    is between + within, a negative estimate of between taken as 0; its freedom is Satterthwaite's. With one session `between`
+    is unknown, and `variance` the part within alone: a lower bound, to be moderated.
+    """
+    groups = [list(group) for group in sessions]
+    if not groups or not all(groups):
+        raise ValueError("a spread needs at least one session, and a run in each")
+    means = [sum(group) / len(group) for group in groups]
+    mean = sum(means) / len(means)
+    squares = sum((x - m) ** 2 for group, m in zip(groups, means, strict=True) for x in group)
+    inner, outer = sum(map(len, groups)) - len(groups), len(groups) - 1
+    within = squares / inner if inner else 0.0
+    if not outer:
+        return Spread(mean, within, inner, 1)
+    of_means = sum((m - mean) ** 2 for m in means) / outer
+    share = sum(1 / len(group) for group in groups) / len(groups)
+    if of_means < share * within:
+        return Spread(mean, within, inner, len(groups))
+    rest = (1 - share) * within
+    variance = of_means + rest
+    doubt = of_means**2 / outer + (rest**2 / inner if inner else 0.0)
+    return Spread(mean, variance, variance**2 / doubt if doubt else outer, len(groups))
+
+
+def fit_prior(spreads: Iterable[Spread]) -> Prior | None:
+    """The distribution of variances over cases: moments of their logarithms (Smyth 2004, limma's fitFDist).
+
+    An infinite freedom says that the cases differ by no more than chance. None with fewer than five cases: they show no prior.
+    """
+    known = [s for s in spreads if s.freedom > 0]
+    if len(known) < _FEWEST_CASES:
+        return None
+    freedom = np.array([s.freedom for s in known])
+    variance = np.array([s.variance for s in known])
+    # As limma does: a variance of zero would have the logarithm -inf.
+    variance = np.maximum(variance, max(1e-5 * float(np.median(variance)), _LEAST_VARIANCE))
+    e = np.log(variance) - special.digamma(freedom / 2) + np.log(freedom / 2)
+    excess = float(np.var(e, ddof=1) - np.mean(special.polygamma(1, freedom / 2)))
+    if excess <= 0:
+        return Prior(float(np.mean(variance)), inf)
+    half = _inverse_trigamma(excess)
+    return Prior(float(np.exp(np.mean(e) + special.digamma(half) - np.log(half))), 2 * half)
+
+
+def _inverse_trigamma(y: float) -> float:
+    """The x whose trigamma is y, by Newton's method on 1 / trigamma, which is nearly linear (Smyth 2004, appendix)."""
+    if y > 1e7:
+        return 1 / sqrt(y)
+    if y < 1e-6:
+        return 1 / y
+    x = 0.5 + 1 / y
+    for _ in range(50):
+        value = float(special.polygamma(1, x))
+        step = value * (1 - value / y) / float(special.polygamma(2, x))
+        x += step
+        if -step / x < 1e-8:
+            break
+    return x
+
+
+def moderate(own: Spread, prior: Prior) -> Spread:
+    """The case's variance drawn towards the prior, each weighted by its freedom."""
+    weight = min(prior.freedom, _MOST_FREEDOM)
+    freedom = weight + own.freedom
+    variance = (weight * prior.variance + own.freedom * own.variance) / freedom if freedom else prior.variance
+    return replace(own, variance=max(variance, _LEAST_VARIANCE), freedom=min(max(freedom, 1.0), _MOST_FREEDOM))
+
+
+def standard_error(spread: Spread) -> float:
+    """Of one new run, in a session of its own, minus the baseline's mean."""
+    return sqrt(spread.variance * (1 + 1 / spread.sessions))
+
+
+def upper_tail(t: ArrayLike, freedom: ArrayLike) -> Floats:
+    """The probability that Student's t exceeds `t`."""
+    return np.asarray(special.stdtr(freedom, -np.asarray(t, dtype=np.float64)))
+
+
+def quantile(tail: float, freedom: ArrayLike) -> Floats:
+    """The t that is exceeded with probability `tail`."""
+    return np.asarray(-special.stdtrit(freedom, tail))
+
+
+def holm(p_values: ArrayLike, alpha: float) -> NDArray[np.bool_]:
+    """Which hypotheses Holm's step-down rejects: one or more false rejections with probability `alpha` at most, however the
+    p-values depend on each other."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    passes = p[order] <= alpha / np.arange(len(p), 0, -1)
+    rejected = np.zeros(len(p), dtype=bool)
+    rejected[order] = np.logical_and.accumulate(passes)
+    return rejected
+
+
+def threshold(error: ArrayLike, freedom: ArrayLike, tail: float, floor: ArrayLike) -> Floats:
+    """The measured difference from which on a case counts as slower: significant at `tail`, and above its floor."""
+    return np.maximum(floor, quantile(tail, freedom) * np.asarray(error))
+
+
+def detectable(error: ArrayLike, freedom: ArrayLike, tail: float, floor: ArrayLike) -> Floats:
+    """The smallest true difference that passes `threshold` with 97.5 % by this witness, and so with 95 % by two."""
+    return threshold(error, freedom, tail, floor) + quantile(_MISS_A_WITNESS, freedom) * np.asarray(error)
+
+
+def sessions_needed(spread: Spread, effect: float, tail: float, floor: float, most: int = 60) -> int | None:
+    """How many more sessions bring the smallest detectable difference down to `effect`; None where `most` do not.
+
+    The variance is taken to stay what it is; each session adds one degree of freedom.
+    """
+    for more in range(1, most + 1):
+        then = replace(spread, freedom=spread.freedom + more, sessions=spread.sessions + more)
+        if detectable(standard_error(then), then.freedom, tail, floor) <= effect:
+            return more
+    return None
+
+
+def to_log(share: float) -> float:
+    """0.02 (2 % slower) as a difference of logarithms."""
+    return log1p(share)
+
+
+def to_share(difference: float) -> float:
+    """A difference of logarithms as a relative change."""
+    return expm1(difference)

@@ -1,0 +1,159 @@
+"""Which runs become a baseline, and what is written."""
+
+import copy
+import json
+from datetime import date
+
+import pytest
+from recorded import CASES, MACHINE, edited, stored_run, write
+
+from fp4bench.evidence.acceptance import AcceptError, accept, examine
+from fp4bench.evidence.baselines import BaselineError, accepted
+
+TODAY = date(2026, 11, 21)
+
+
+def take(tmp_path, *runs, name="night", reason="the first ones", **options):
+    paths = [write(tmp_path / "runs" / f"{i:04}_x.json", run) for i, run in enumerate(runs, start=1)]
+    return accept(examine(paths, tmp_path / "baselines", **options), name, reason, TODAY)
+
+
+def test_runs_are_taken_in_order_with_name_reason_and_date(tmp_path):
+    paths = take(tmp_path, stored_run(1), stored_run(2))
+    assert [path.name for path in paths] == ["0001_night.json", "0002_night.json"]
+    assert {path.parent for path in paths} == {tmp_path / "baselines" / MACHINE}
+    baseline = accepted(tmp_path / "baselines" / MACHINE, MACHINE)
+    assert len(baseline.runs) == 2
+    assert baseline.runs[0].info["accepted"] == {"name": "night", "reason": "the first ones", "date": "2026-11-21"}
+    assert [run.datetime for run in baseline.runs] == [stored_run(n)["datetime"] for n in (1, 2)]
+
+
+def test_what_is_written_is_the_run_without_samples(tmp_path):
+    run = stored_run(1)
+    (path,) = take(tmp_path, run)
+    written = json.loads(path.read_text(encoding="utf-8"))
+    for bench in run["benchmarks"]:
+        del bench["stats"]["data"]
+    run["fp4bench"]["accepted"] = {"name": "night", "reason": "the first ones", "date": "2026-11-21"}
+    assert written == run
+
+
+def test_a_committed_file_is_small(tmp_path):
+    (path,) = take(tmp_path, stored_run(1, cases=tuple(f"{CASES[0]}-{i}" for i in range(480))))
+    assert path.stat().st_size < 1_000_000
+
+
+def test_the_files_of_finished_runs_stay(tmp_path):
+    take(tmp_path, stored_run(1))
+    assert json.loads((tmp_path / "runs" / "0001_x.json").read_text(encoding="utf-8")) == stored_run(1)
+
+
+def changed(**top):
+    return copy.deepcopy(stored_run(1)) | top
+
+
+REFUSED = [
+    pytest.param(stored_run(1, invalid=["a canary drifted", "busy"]), r"is invalid \(a canary drifted; busy\)", id="invalid"),
+    pytest.param(stored_run(1, complete=False), "is incomplete", id="incomplete"),
+    pytest.param(stored_run(1, complete=None), "is incomplete", id="completeness-unknown"),
+    pytest.param(stored_run(1, failed=["a", "b", "c", "d", "e"]), r"failed cases \(a, b, c, and 2 more\)", id="failed"),
+    pytest.param(stored_run(1, cases=()), "timed no case", id="empty"),
+    pytest.param(edited(stored_run(1), lambda b: b["extra_info"].update(injected=0.02)), "is a drill's", id="injected"),
+    pytest.param(edited(stored_run(1), lambda b: b["extra_info"].update(injected=0.0)), "is a drill's", id="injected-nothing"),
+    pytest.param(changed(commit_info={"id": "abc", "dirty": True}), "uncommitted changes", id="dirty"),
+    pytest.param(changed(commit_info={"id": "unversioned", "dirty": False}), "of which commit", id="unversioned"),
+    pytest.param(changed(commit_info={}), "of which commit", id="no-commit"),
+    pytest.param(stored_run(1, format=1), "format 1", id="older-format"),
+    pytest.param("{", "truncated or not JSON", id="truncated"),
+    pytest.param(changed(machine_info={"machine": "../up"}), "no folder's name", id="machine-is-a-path"),
+]
+
+
+@pytest.mark.parametrize(("run", "message"), REFUSED)
+def test_an_unfit_run_is_refused_in_one_sentence_and_nothing_is_written(tmp_path, run, message):
+    with pytest.raises((AcceptError, BaselineError), match=message) as refusal:
+        take(tmp_path, run)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "baselines").exists()
+
+
+@pytest.mark.parametrize(("run", "message"), REFUSED)
+def test_an_unfit_run_refuses_those_beside_it(tmp_path, run, message):
+    good = changed(machine_info=run["machine_info"]) if isinstance(run, dict) else stored_run(2)
+    with pytest.raises((AcceptError, BaselineError), match=message):
+        take(tmp_path, good | {"datetime": "2026-11-30"}, run)
+    assert not (tmp_path / "baselines").exists()
+
+
+@pytest.mark.parametrize("commit", [{"id": "abc", "dirty": True}, {"id": "unversioned", "dirty": False}])
+def test_a_dirty_tree_may_be_allowed(tmp_path, commit):
+    assert take(tmp_path, changed(commit_info=commit), allow_dirty=True)
+
+
+def test_runs_of_two_machines_are_refused(tmp_path):
+    other = stored_run(2) | {"machine_info": {"machine": "NVIDIA-B200", "uuid": "GPU-9"}}
+    with pytest.raises(AcceptError, match=r"is of NVIDIA-B200, and .* of NVIDIA-H200"):
+        take(tmp_path, stored_run(1), other)
+
+
+def test_two_cards_of_one_machine_are_welcome(tmp_path):
+    other = stored_run(1) | {"machine_info": {"machine": MACHINE, "uuid": "GPU-9"}}
+    assert len(take(tmp_path, stored_run(1), other)) == 2
+
+
+def test_a_run_is_accepted_once(tmp_path):
+    (path,) = take(tmp_path, stored_run(1))
+    with pytest.raises(AcceptError, match="is accepted already: it is the run 0001_night"):
+        take(tmp_path, stored_run(2), stored_run(1))
+    with pytest.raises(AcceptError, match="is accepted already"):
+        accept(examine([path], tmp_path / "baselines"), "again", "x", TODAY)
+    with pytest.raises(AcceptError, match="is accepted already"):
+        take(tmp_path, stored_run(2), stored_run(2))
+    assert len(list(path.parent.iterdir())) == 1
+
+
+def test_a_damaged_baseline_takes_nothing_more(tmp_path):
+    write(tmp_path / "baselines" / MACHINE / "0001_old.json", "{")
+    with pytest.raises(BaselineError, match="0001_old"):
+        take(tmp_path, stored_run(1))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "-x", "a b", "a\n", "x" * 65, ".hidden", "é"])
+def test_a_bad_name_is_refused(tmp_path, name):
+    with pytest.raises(AcceptError, match="cannot be part of a file name"):
+        take(tmp_path, stored_run(1), name=name)
+    assert not (tmp_path / "baselines").exists()
+
+
+@pytest.mark.parametrize("reason", ["", " \n "])
+def test_a_reason_is_needed(tmp_path, reason):
+    with pytest.raises(AcceptError, match="reason is empty"):
+        take(tmp_path, stored_run(1), reason=reason)
+
+
+def test_other_options_are_allowed_and_said(tmp_path):
+    take(tmp_path, stored_run(1))
+    path = write(tmp_path / "subset.json", stored_run(2, options={"modes": ["bf16"], "batch_sizes": [1, 64]}))
+    (note,) = examine([path], tmp_path / "baselines").notes
+    assert note == f"{path} ran with options --modes bf16 --batch_sizes 1 64, and 0001_night with of the default set"
+    assert examine([write(tmp_path / "same.json", stored_run(2))], tmp_path / "baselines").notes == []
+
+
+def test_no_run_at_all_is_refused(tmp_path):
+    with pytest.raises(AcceptError, match="no run to accept"):
+        examine([], tmp_path)
+
+
+def test_a_disk_that_fails_half_way_says_what_was_accepted(tmp_path, monkeypatch):
+    from fp4bench.evidence import storage
+
+    whole = storage.store
+
+    def failing(run, folder, name):
+        if run["datetime"] == stored_run(2)["datetime"]:
+            raise OSError("cannot store the run: no space")
+        return whole(run, folder, name)
+
+    monkeypatch.setattr(storage, "store", failing)
+    with pytest.raises(AcceptError, match=r"no space; accepted before that: .*0001_night\.json"):
+        take(tmp_path, stored_run(1), stored_run(2))

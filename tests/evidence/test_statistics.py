@@ -1,0 +1,155 @@
+"""Variances, moderation, Holm and power, against hand-computed values and simulations."""
+
+from math import inf, sqrt
+
+import numpy as np
+import pytest
+
+from fp4bench.evidence.statistics import (
+    Prior,
+    Spread,
+    detectable,
+    fit_prior,
+    holm,
+    moderate,
+    quantile,
+    sessions_needed,
+    spread,
+    standard_error,
+    threshold,
+    to_log,
+    to_share,
+    upper_tail,
+)
+
+
+@pytest.mark.parametrize(
+    ("sessions", "expected"),
+    [
+        pytest.param([[5.0]], Spread(5, 0, 0, 1), id="one-run"),
+        pytest.param([[1.0, 3.0]], Spread(2, 2, 1, 1), id="one-session-shows-its-runs-only"),
+        pytest.param([[1.0], [2.0], [3.0]], Spread(2, 1, 2, 3), id="a-run-a-session"),
+        # means 2 and 4, their mean square 2; within 2 with 1 degree; mean of 1/2 and 1: 0.75; 2 + 0.25 * 2, and Satterthwaite:
+        # 2.5**2 / (2**2 / 1 + 0.5**2 / 1)
+        pytest.param([[1.0, 3.0], [4.0]], Spread(3, 2.5, 6.25 / 4.25, 2), id="unequal"),
+        pytest.param([[1.0, 3.0], [1.0, 3.0]], Spread(2, 2, 2, 2), id="no-variance-between-sessions-is-not-negative"),
+        pytest.param([[2.0], [2.0], [2.0]], Spread(2, 0, 2, 3), id="identical"),
+    ],
+)
+def test_a_spread_by_hand(sessions, expected):
+    found = spread(sessions)
+    assert (found.mean, found.variance, found.freedom) == pytest.approx((expected.mean, expected.variance, expected.freedom))
+    assert found.sessions == expected.sessions
+
+
+def test_a_spread_needs_runs():
+    with pytest.raises(ValueError, match="at least one session"):
+        spread([])
+    with pytest.raises(ValueError, match="a run in each"):
+        spread([[1.0], []])
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 6, (3, 3, 3), (1, 2, 5), (4, 1, 1, 1)], ids=str)
+def test_the_variance_is_that_of_a_run_on_a_new_session(sizes):
+    rng = np.random.default_rng(1)
+    between, within, trials = 0.3, 0.2, 4000
+    found = [spread([rng.normal(rng.normal(0, between), within, n).tolist() for n in sizes]).variance for _ in range(trials)]
+    # Clipping a negative part at zero may only add.
+    assert between**2 + within**2 == pytest.approx(np.mean(found), rel=0.05)
+
+
+@pytest.mark.parametrize(("prior_freedom", "own"), [(4, 5), (4, 2), (12, 5), (40, 11)])
+def test_the_prior_that_variances_were_drawn_from_is_found(prior_freedom, own):
+    rng = np.random.default_rng(2)
+    n = 20000
+    true = 0.04 * prior_freedom / rng.chisquare(prior_freedom, n)
+    known = [Spread(0, float(v), own, own + 1) for v in true * rng.chisquare(own, n) / own]
+    prior = fit_prior(known)
+    assert prior.freedom == pytest.approx(prior_freedom, rel=0.15)
+    assert prior.variance == pytest.approx(0.04, rel=0.05)
+
+
+def test_cases_that_differ_by_chance_alone_share_one_variance():
+    rng = np.random.default_rng(3)
+    known = [Spread(0, 0.04, 100, 101) for _ in range(10)]
+    prior = fit_prior(known)
+    assert prior == Prior(pytest.approx(0.04), inf)
+    own = Spread(0, float(rng.chisquare(5)), 5, 6)
+    assert moderate(own, prior).variance == pytest.approx(0.04, rel=1e-2)
+
+
+def test_a_few_cases_show_no_prior():
+    assert fit_prior([Spread(0, 1, 5, 6)] * 4) is None
+    assert fit_prior([Spread(0, 1, 0, 1)] * 50) is None
+
+
+@pytest.mark.parametrize("zeros", [1, 30, 60])
+def test_runs_that_agree_to_the_bit_break_nothing(zeros):
+    rng = np.random.default_rng(4)
+    known = [Spread(0, 0.0 if i < zeros else 1e-6 * float(rng.chisquare(5)), 5, 6) for i in range(60)]
+    found = moderate(known[0], fit_prior(known))
+    assert 0 < found.variance < 1e-4
+    assert standard_error(found) > 0
+
+
+def test_a_variance_is_drawn_towards_the_prior_by_weight():
+    found = moderate(Spread(1.0, 4.0, 3, 4), Prior(1.0, 6))
+    assert (found.mean, found.variance, found.freedom, found.sessions) == (1.0, pytest.approx(2.0), 9, 4)
+
+
+def test_there_is_always_some_variance_and_freedom():
+    found = moderate(Spread(0, 0.0, 0, 1), Prior(0.0, 0.01))
+    assert found.variance > 0
+    assert found.freedom >= 1
+
+
+def test_the_error_counts_the_new_run_and_the_baseline():
+    assert standard_error(Spread(0, 4.0, 1, 4)) == pytest.approx(2 * sqrt(1.25))
+    assert standard_error(Spread(0, 4.0, 0, 1)) == pytest.approx(2 * sqrt(2))
+
+
+def test_t_agrees_with_tables():
+    assert float(quantile(0.025, 10)) == pytest.approx(2.2281, abs=1e-4)
+    assert float(quantile(0.05 / 1000, 20)) == pytest.approx(4.84, abs=0.01)
+    assert float(quantile(0.025, 1e6)) == pytest.approx(1.95996, abs=1e-4)
+    assert float(upper_tail(2.2281, 10)) == pytest.approx(0.025, abs=1e-5)
+    assert float(upper_tail(40.0, 20)) > 0  # tails do not vanish by rounding
+
+
+def test_holm_by_hand():
+    # 0.01 <= 0.05 / 4, 0.013 <= 0.05 / 3, 0.03 > 0.05 / 2: 0.04 is not looked at.
+    assert holm([0.03, 0.01, 0.04, 0.013], 0.05).tolist() == [False, True, False, True]
+    assert holm([0.05], 0.05).tolist() == [True]
+    assert holm([], 0.05).tolist() == []
+    assert holm([0.02, 0.02, 0.02], 0.05).tolist() == [False, False, False]
+
+
+def test_holm_keeps_the_family_wise_rate():
+    rng = np.random.default_rng(5)
+    false = np.mean([holm(rng.uniform(size=50), 0.05).any() for _ in range(4000)])
+    assert false < 0.06
+    assert false > 0.03  # and spends what it may
+
+
+def test_what_is_detectable_is_detected():
+    """A difference of the detectable size passes the threshold in 97.5 % of draws."""
+    rng = np.random.default_rng(6)
+    error, freedom, tail = 0.002, 30, 1e-4
+    for floor in (0.0, 0.01, 0.05):
+        true = float(detectable(error, freedom, tail, floor))
+        measured_error = error * np.sqrt(rng.chisquare(freedom, 20000) / freedom)
+        passes = rng.normal(true, error, 20000) > threshold(measured_error, freedom, tail, floor)
+        assert np.mean(passes) == pytest.approx(0.975, abs=0.02)
+
+
+def test_more_sessions_are_needed_for_smaller_effects():
+    noisy = Spread(0, 0.01**2, 5, 3)
+    needed = [sessions_needed(noisy, effect, 1e-3, 0.01) for effect in (0.09, 0.07, 0.06)]
+    assert needed == sorted(needed)
+    assert needed[0] >= 1
+    assert sessions_needed(noisy, 0.02, 1e-3, 0.01) is None
+
+
+def test_a_change_and_its_logarithm():
+    assert to_share(to_log(0.02)) == pytest.approx(0.02)
+    assert to_share(-to_log(1.0)) == pytest.approx(-0.5)
