@@ -1,0 +1,171 @@
+"""One case from its inputs to its record, in a process of its own: prepare, check, time."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from fp4bench.cases import Case
+from fp4bench.checking import Agreement, checker
+from fp4bench.devices import find_device
+from fp4bench.evidence.record import make_record
+from fp4bench.timing.canaries import Canary, canaries, canary_clock, ceilings, read
+from fp4bench.timing.clock import Call, Measurement, clock_for
+from fp4bench.timing.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class TimeCase:
+    """Check a case, then time it. `slowdown` is a drill's: a share of its time that it idles in addition."""
+
+    case: Case
+    slowdown: float = 0.0
+
+
+@dataclass(frozen=True)
+class CheckCase:
+    """Check a case and time nothing."""
+
+    case: Case
+
+
+@dataclass(frozen=True)
+class ReadCanaries:
+    """Time the canaries and look at the machine."""
+
+
+Request = TimeCase | CheckCase | ReadCanaries
+
+
+@dataclass(frozen=True)
+class TimedCase:
+    """The record of a case, with the samples it stands on: seconds of one call, in time order."""
+
+    record: dict[str, Any]
+    seconds: tuple[float, ...]
+    calls_per_sample: int
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the machine was like at one moment: the canaries' readings, the ceilings, and the telemetry's snapshot.
+
+    idle: the snapshot before this process had a context on the GPU.
+    """
+
+    canaries: tuple[dict[str, Any], ...]
+    ceilings: dict[str, float | None]
+    snapshot: dict[str, Any]
+    idle: dict[str, Any]
+
+
+class Measurer:
+    """Serves requests on one device.
+
+    Where operands lie in memory changes times by percents (cuBLAS FP8 at m = 64 by 3 %, BF16 at m = 1 by 8 %, NVIDIA H200). So
+    that a case meets the same places in every process, whatever ran before it, all comes from one arena, in which the canaries
+    are first; and a case finds the rest of it empty.
+    """
+
+    def __init__(self, device: str, pace: str = "paced", warm: bool = False) -> None:
+        self._device = find_device(device)
+        # Before this process has a context on the GPU, so that whoever is there is someone else.
+        self._telemetry = Telemetry.open(self._device)
+        self._clock = clock_for(self._device, pace, warm)
+        self._inputs: tuple[Any, list[Any]] = (None, [])
+        if self._device.is_cuda:
+            _reserve(self._device.torch_name)
+        self._canaries: tuple[Canary, ...] = canaries(self._device)
+
+    def __call__(self, request: Request) -> Any:
+        try:
+            if isinstance(request, ReadCanaries):
+                return self._read_canaries()
+            return self._serve(request)
+        finally:
+            self._free()
+
+    def usable(self) -> bool:
+        """Whether the device still answers: after an illegal access every call of this process fails."""
+        try:
+            if self._device.is_cuda:
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
+    def _serve(self, request: TimeCase | CheckCase) -> TimedCase | Agreement:
+        case = request.case
+        # Memory holds all copies at once, and with --benchmark-disable one is enough.
+        copies = self._clock.copies(case.problem.bytes) if isinstance(request, TimeCase) else 1
+        inputs = self._inputs_of(case, copies)
+        calls = [case.provider.prepare(case.problem, one) for one in inputs]
+        agreement = self._check(case, inputs[0], calls)
+        if isinstance(request, CheckCase):
+            return agreement
+        measured = self._clock.measure(calls, case.problem.bytes, request.slowdown)
+        return self._timed(case, agreement, measured, request.slowdown)
+
+    def _inputs_of(self, case: Case, copies: int) -> list[Any]:
+        """The case's inputs, several times. On a CPU, where drawing takes long, cases of one shape share them."""
+        key = (case.problem.op, case.problem.shape)
+        if self._inputs[0] != key or self._device.is_cuda:
+            self._inputs = (None, [])  # frees the old ones first
+            self._inputs = (key, [case.problem.inputs(self._device.torch_name)])
+        made = self._inputs[1]
+        made.extend(made[0].clone() for _ in range(copies - len(made)))
+        return made[:copies]
+
+    def _check(self, case: Case, inputs: Any, calls: Sequence[Call]) -> Agreement:
+        """Compare the output of every copy with the reference. The worst error counts."""
+        compare = checker(case.problem, inputs, case.rule)
+        found = [compare(call()) for call in calls]
+        return Agreement(max(f.error for f in found), all(f.exact for f in found), found[0].rows)
+
+    def _timed(self, case: Case, agreement: Agreement, measured: Measurement, slowdown: float) -> TimedCase:
+        snapshot = self._telemetry.snapshot()
+        facts = case.facts() | {
+            "clock": measured.clock,
+            "l2": measured.l2,
+            "pace": measured.pace,
+            "gap_s": measured.gap_seconds,
+            "calls_per_sample": measured.calls_per_sample,
+            "kernels": list(measured.kernels) if measured.kernels is not None else None,
+            "error": agreement.error,
+            "exact": agreement.exact,
+            "throttle_reasons": list(snapshot.throttle) if snapshot.throttle is not None else None,
+            "power_w": snapshot.power_w,
+            "temperature_c": snapshot.temperature_c,
+            "injected": slowdown or None,
+        }
+        record = make_record(
+            facts, measured.seconds, cycles=measured.cycles, sm_mhz=measured.sm_mhz, event_seconds=measured.event_seconds
+        )
+        return TimedCase(record, measured.seconds, measured.calls_per_sample)
+
+    def _read_canaries(self) -> Conditions:
+        clock = canary_clock(self._device)
+        start = perf_counter()
+        readings = tuple(read(canary, clock) | {"in_s": perf_counter() - start} for canary in self._canaries)
+        seconds = {reading["name"]: reading["seconds"] for reading in readings}
+        now, idle = vars(self._telemetry.snapshot()), vars(self._telemetry.at_open)
+        return Conditions(readings, vars(ceilings(self._canaries, seconds.__getitem__)), now, idle)
+
+    def _free(self) -> None:
+        if not self._device.is_cuda:
+            return
+        self._inputs = (None, [])
+        total = torch.cuda.get_device_properties(self._device.torch_name).total_memory
+        # Graphs keep memory pools of their own, which only this gives back to others. It leaves the arena, where canaries are.
+        if torch.cuda.memory_reserved(self._device.torch_name) > 0.8 * total:
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _reserve(device: str) -> None:
+    """Let torch's allocator hold one block of half the free memory, of which it then gives parts."""
+    free, _ = torch.cuda.mem_get_info(device)
+    torch.empty(free // 2, dtype=torch.int8, device=device)  # its memory stays with the allocator
