@@ -1,0 +1,37 @@
+"""`fp4bench accept`: take finished runs into the baseline of their machine."""
+
+import argparse
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from fp4bench.evidence.acceptance import accept, examine
+from fp4bench.evidence.report import before_after
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "accept",
+        help="take finished runs into baselines/<machine>/, with a name and a reason",
+        description="Shows what the baseline becomes, then writes the runs beside those that are accepted. Refuses runs that "
+        "are invalid, incomplete, of a drill, of a tree with uncommitted changes, of different machines, or accepted already.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json", help="files under .benchmarks/<machine>/")
+    parser.add_argument("--name", required=True, help="becomes part of the files' names")
+    parser.add_argument("--reason", required=True, help="why these runs become the baseline; stored with them")
+    parser.add_argument(
+        "--allow-dirty", action="store_true", help="take runs of a tree with uncommitted changes, or of no commit"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("baselines"), help="of all baselines (baselines)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show the change and write the files. Raises ValueError with one sentence where a run is refused."""
+    candidates = examine(args.runs, args.folder, args.allow_dirty)
+    table = before_after(candidates.baseline, [candidate.run for candidate in candidates.runs])
+    sys.stdout.write("\n".join([*table, *(f"note: {note}" for note in candidates.notes)]) + "\n")
+    for path in accept(candidates, args.name, args.reason, datetime.now(timezone.utc).date()):
+        sys.stdout.write(f"accepted: {path}\n")
+    return 0

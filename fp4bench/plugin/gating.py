@@ -1,0 +1,225 @@
+"""What --benchmark-compare does: find the baseline, judge the run, fail tests, tell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fp4bench.evidence import baselines, report, verdict
+from fp4bench.evidence.baselines import Baseline, Timing
+from fp4bench.evidence.gate import judge_run
+from fp4bench.evidence.histories import mean_seconds
+from fp4bench.evidence.verdict import POLICIES, Outcome, Policy, Verdict
+from fp4bench.plugin.conditions import incomparable_reasons
+
+if TYPE_CHECKING:
+    from fp4bench.plugin.suite import Suite
+
+_FAILING = {
+    "off": frozenset[Outcome](),
+    "on": frozenset({Outcome.REGRESSED, Outcome.MISSING}),
+    "strict": frozenset({Outcome.REGRESSED, Outcome.MISSING, Outcome.NEW, Outcome.INCONCLUSIVE}),
+}
+
+
+class Gate:
+    """The decision of one session against the accepted runs of this machine, or against one stored run that was asked for."""
+
+    def __init__(self, suite: Suite, wanted: str | None) -> None:
+        """Raises ValueError for a baseline that cannot serve."""
+        self._suite = suite
+        self._level = suite.config.option.gate
+        self.verdicts: dict[str, Verdict] = {}
+        self.invalid: list[str] = []  # why nothing can be decided
+        self.baseline = self._find(wanted)
+
+    def _find(self, wanted: str | None) -> Baseline | None:
+        suite = self._suite
+        machine = suite.machine_info["machine"]
+        if wanted is None:
+            return baselines.accepted(suite.baselines / machine, machine)
+        accepted = suite.baselines / machine
+        known = any(path.name.startswith(wanted) for path in baselines.stored_files(accepted))
+        return baselines.find(accepted if known else suite.runs, wanted, machine)
+
+    def header(self) -> str | None:
+        """What the run will be compared with."""
+        if self.baseline is None:
+            return f"fp4bench: no accepted run of {self._suite.machine_info['machine']}, so nothing will be compared"
+        return f"fp4bench: comparing with {self.baseline.label}"
+
+    # Judging
+
+    def judge(self) -> None:
+        """Judge every case; suspects are measured again. A run in bad conditions is INVALID as a whole."""
+        self.invalid = list(self._suite.invalid)
+        if self.baseline is None:
+            self._demand_a_baseline()
+            return
+        now, floors, expected = self._timings(), self._floors(), self._expected()
+        self.invalid += incomparable_reasons(self._suite.run, self.baseline, self._suite.device.is_cuda)
+        if self.invalid:
+            seen = verdict.judge(self.baseline, now, self._policy, floors, expected)
+            self.verdicts = verdict.invalid(seen, self.invalid)
+        else:
+            self.verdicts = judge_run(self.baseline, now, self._policy, floors, expected, self._measure_again)
+        for case_id, found in self.verdicts.items():
+            if found.outcome in _FAILING[self._level]:
+                self._fail(case_id, found)
+        option = self._suite.config.option
+        if not (option.benchmark_verbose or option.benchmark_histogram):
+            # Our summary says what changed; pytest-benchmark's table would hide it.
+            self._suite.benchmarks.quiet = True
+
+    def _demand_a_baseline(self) -> None:
+        if self._level == "strict":
+            machine = self._suite.machine_info["machine"]
+            text = f"--gate=strict: no run of {machine} is accepted in {self._suite.short(self._suite.baselines)}"
+            self._report("baseline", text)
+
+    def _timings(self) -> dict[str, Timing]:
+        from fp4bench.plugin.run import timing
+
+        return {case_id: timing(self._suite.run.timed[case_id]) for case_id in self._suite.items}
+
+    @property
+    def _policy(self) -> dict[str, Policy]:
+        again = self._suite.config.option.confirm
+        if again is None:
+            return POLICIES
+        return {clock: replace(policy, repetitions=again) for clock, policy in POLICIES.items()}
+
+    def _floors(self) -> dict[str, float]:
+        """Each case's own floor: the first matching glob of pyproject.toml, else its test's marker."""
+        floors = {}
+        for case_id in self._suite.items:
+            matching = (floor for glob, floor in self._suite.floors.items() if fnmatchcase(case_id, glob))
+            marker = self._suite.items[case_id][0].get_closest_marker("floor")
+            floor = next(matching, marker.args[0] if marker else None)
+            if floor is not None:
+                floors[case_id] = floor
+        return floors
+
+    def _expected(self) -> dict[str, str]:
+        """Cases of the baseline that this run was to time and did not, with the reason; failed cases are told elsewhere."""
+        assert self.baseline
+        suite = self._suite
+        absent = {}
+        for case_id in self.baseline.cases:
+            if case_id in suite.items or case_id in suite.failed:
+                continue
+            if case_id in suite.generated:
+                if reason := suite.generated[case_id]:
+                    absent[case_id] = f"skipped: {reason}"
+            elif self._selected(self.baseline.newest(case_id).record):
+                absent[case_id] = "no provider offers it any more"
+        return absent
+
+    def _selected(self, record: dict[str, Any]) -> bool:
+        """Whether a case like this one is in this run's selection, all of which was collected."""
+        chosen = self._suite.selection
+        return (
+            record["op"] in self._suite.ops
+            and record["provider"] in self._providers()
+            and any((s.model.name, s.tp, s.layer.k) == (record["model"], record["tp"], record["k"]) for s in chosen.shards)
+            and (record["n"] is None or any(s.layer.n == record["n"] for s in chosen.shards))
+            and record["m"] in chosen.batch_sizes
+            and (record["hadamard"] is None or record["hadamard"] in chosen.had_sizes)
+            and (record["op"] != "gemm" or record["mode"] in {mode.name for mode in chosen.modes})
+        )
+
+    def _providers(self) -> set[str]:
+        """Selected by name; without --providers all, those too that are no longer there."""
+        asked = self._suite.asked.get("providers")
+        if asked and asked != ["all"]:
+            return set(asked)
+        assert self.baseline
+        return {self.baseline.newest(case_id).record["provider"] for case_id in self.baseline.cases}
+
+    def _measure_again(self, case_ids: list[str]) -> dict[str, Timing | str]:
+        self._suite.progress.show(doing=f"measuring {len(case_ids)} again in a fresh process")
+        return self._suite.run.time_again({case_id: self._suite.items[case_id][1] for case_id in case_ids})
+
+    # Telling
+
+    def _fail(self, case_id: str, found: Verdict) -> None:
+        """Report a case as a failed test: exit code 1, FAILURES, JUnit, and `--lf` measures it again."""
+        text = f"{case_id} is {found.outcome.value}: {self._told(case_id, found)}"
+        if case_id in self._suite.items:
+            item = self._suite.items[case_id][0]
+            self._report(item.nodeid, text, item.location)
+        else:
+            self._report(f"missing[{case_id}]", text)
+
+    def _told(self, case_id: str, found: Verdict) -> str:
+        """`2.1 % slower (1.7 % to 2.5 %) than its baseline: 12.40 us then, 12.66 us now; <detail>`."""
+        assert self.baseline
+        parts = [found.detail] if found.detail else []
+        if found.change is not None and found.interval is not None:
+            low, high = found.interval
+            then = report.duration(mean_seconds(self.baseline, case_id))
+            now = report.duration(self._timings()[case_id].median)
+            change = f"{found.change:+.1%} ({low:+.1%} to {high:+.1%}) beside its baseline, {then} then and {now} now"
+            parts.insert(0, change)
+        return "; ".join(parts or [found.reason])
+
+    def _report(self, nodeid: str, text: str, location: tuple[str, int | None, str] | None = None) -> None:
+        where = location or ("baselines", None, nodeid)
+        failed = pytest.TestReport(nodeid, where, {}, "failed", text, "call", sections=[], duration=0)
+        self._suite.config.hook.pytest_runtest_logreport(report=failed)
+
+    def summary(self, reporter: pytest.TerminalReporter) -> None:
+        """The outcome in a few lines that one can act on."""
+        suite = self._suite
+        if self.invalid:
+            reporter.section("fp4bench: INVALID run", red=True)
+            for reason in self.invalid:
+                reporter.write_line(f"INVALID: {reason}")
+            reporter.write_line("This says nothing about the kernels. Repeat the run when the machine is free and cool.")
+        elif self.baseline is None:
+            if suite.items:
+                reporter.write_line(f"fp4bench: nothing was compared: {self._how_to_accept()}")
+        elif self.verdicts:
+            reporter.section("fp4bench: baseline and now")
+            lines = report.summary(
+                self.baseline, self._timings(), self.verdicts, suite.machine_info, self._policy, self._stored()
+            )
+            reporter.write("\n".join((*lines, "")) + "\n")
+
+    def _stored(self) -> str | None:
+        return self._suite.short(self._suite.stored) if self._suite.stored else None
+
+    def _how_to_accept(self) -> str:
+        machine = self._suite.machine_info["machine"]
+        run = self._stored()
+        how = f'; accept this run with: fp4bench accept {run} --name first --reason "..."' if run else ""
+        return f"no run of {machine} is accepted yet{how}"
+
+    def write(self, path: Path | None) -> None:
+        """The verdicts as JSON, for other programs."""
+        from fp4bench.plugin.suite import write_json
+
+        if path is not None:
+            write_json(path, self._content())
+
+    def _content(self) -> dict[str, Any]:
+        outcomes = [verdict.outcome for verdict in self.verdicts.values()]
+        if self.invalid:
+            outcome = "invalid"
+        elif self.baseline is None:
+            outcome = "no_baseline"
+        else:
+            outcome = "regressed" if {Outcome.REGRESSED, Outcome.MISSING} & set(outcomes) else "ok"
+        return {
+            "outcome": outcome,
+            "run": self._stored(),
+            "machine": self._suite.machine_info["machine"],
+            "counts": {o.value: outcomes.count(o) for o in Outcome if o in outcomes},
+            "invalid": self.invalid,
+            "failed": self._suite.failed,
+            "cases": report.rows(self.baseline, self._timings(), self.verdicts),
+        }

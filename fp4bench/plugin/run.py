@@ -1,0 +1,158 @@
+"""The measuring of one session: cases go to a worker process, and what comes back is journaled before anything else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fp4bench.cases import Case
+from fp4bench.evidence.baselines import Timing
+from fp4bench.evidence.journal import Journal
+from fp4bench.workers.measure import CheckCase, Conditions, ReadCanaries, TimeCase, TimedCase
+from fp4bench.workers.process import StartFailed, Worker, WorkerError
+
+# How often the canaries are read along a run: a reading takes some 0.4 s (H200).
+CANARY_EVERY_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class HowToTime:
+    """What a worker needs to know beside the case."""
+
+    device: str
+    pace: str
+    warm: bool
+    timeout_seconds: float
+    slowdowns: Mapping[str, float]
+
+
+@dataclass
+class Run:
+    """Timed cases by id, and what the machine was like meanwhile."""
+
+    how: HowToTime
+    journal_folder: Path
+    journal_header: dict[str, Any]
+    on_wait: Callable[[], None]
+    timed: dict[str, TimedCase] = field(default_factory=dict)
+    conditions: list[dict[str, Any]] = field(default_factory=list)
+    canary_errors: list[str] = field(default_factory=list)
+    resumed: int = 0
+    started: float = field(default_factory=time.monotonic)
+    _worker: Worker | None = None
+    _journal: Journal | None = None
+    _canaries_due: float = 0.0
+
+    def resume(self) -> None:
+        """Take over what the newest run that was cut off had finished. Raises ValueError where there is none."""
+        from fp4bench.evidence import journal
+
+        path = journal.resumable(self.journal_folder, self.journal_header)
+        if path is None:
+            raise ValueError(f"--resume found no run to go on with in {self.journal_folder}: start without it")
+        self._journal = Journal.reopen(path)  # which locks it, before it is read
+        for entry in journal.read(path)[1]:
+            if "record" in entry:
+                self.timed[entry["record"]["case_id"]] = TimedCase(
+                    entry["record"], tuple(entry["seconds"]), entry["calls_per_sample"]
+                )
+            else:
+                self.conditions.append(entry["conditions"])
+        self.resumed = len(self.timed)
+
+    def start(self) -> None:
+        """Start the worker process, without waiting for it."""
+        self._worker = Worker("fp4bench.workers.measure:Measurer", self.how.device, self.how.pace, self.how.warm)
+
+    def check(self, case: Case) -> None:
+        """Compare a case's output with its reference. Raises WorkerError."""
+        self._ask(CheckCase(case))
+
+    def time(self, case: Case) -> TimedCase:
+        """Check and time a case, unless a resumed run had. Raises WorkerError; OSError where the journal cannot be written."""
+        case_id = str(case)
+        if case_id not in self.timed:
+            if time.monotonic() >= self._canaries_due:
+                self.read_canaries()
+            found: TimedCase = self._ask(TimeCase(case, self.how.slowdowns.get(case_id, 0.0)))
+            self._note({"record": found.record, "seconds": found.seconds, "calls_per_sample": found.calls_per_sample})
+            self.timed[case_id] = found
+        return self.timed[case_id]
+
+    def time_again(self, cases: Mapping[str, Case]) -> dict[str, Timing | str]:
+        """Time cases in a fresh process, by id; the error of one that failed. The run keeps its first times."""
+        assert self._worker
+        self._worker.restart()
+        found: dict[str, Timing | str] = {}
+        for case_id, case in cases.items():
+            try:
+                again: TimedCase = self._ask(TimeCase(case, self.how.slowdowns.get(case_id, 0.0)))
+            except WorkerError as error:
+                found[case_id] = str(error)
+            else:
+                found[case_id] = timing(again)
+        return found
+
+    def read_canaries(self) -> None:
+        """Time the canaries and note what the machine is like. Where they cannot be timed, no case is at fault: the run is."""
+        at = time.monotonic() - self.started
+        self._canaries_due = time.monotonic() + CANARY_EVERY_SECONDS
+        try:
+            conditions: Conditions = self._ask(ReadCanaries())
+        except StartFailed:
+            raise
+        except WorkerError as error:
+            self.canary_errors.append(f"the canaries could not be timed: {error}")
+            return
+        entry = {
+            "canaries": [{"at_s": at, **reading} for reading in conditions.canaries],
+            "ceilings": conditions.ceilings,
+            "snapshot": conditions.snapshot,
+            "idle": conditions.idle,
+        }
+        self._note({"conditions": entry})
+        self.conditions.append(entry)
+
+    def canaries(self) -> list[dict[str, Any]]:
+        """All readings of the canaries, in time order."""
+        return [reading for entry in self.conditions for reading in entry["canaries"]]
+
+    def ceilings(self) -> dict[str, float | None]:
+        """The medians of this run's ceilings; None where the device has no such unit."""
+        names = self.conditions[0]["ceilings"] if self.conditions else {}
+        found: dict[str, float | None] = {}
+        for name in names:
+            values = [entry["ceilings"][name] for entry in self.conditions if entry["ceilings"][name] is not None]
+            found[name] = median(values) if values else None
+        return found
+
+    def close(self) -> None:
+        """End the worker process; the journal stays."""
+        if self._worker:
+            self._worker.close()
+
+    def stored(self) -> None:
+        """The run is on the disk as a whole: its journal may go."""
+        if self._journal:
+            self._journal.discard()
+            self._journal = None
+
+    def _ask(self, request: Any) -> Any:
+        if self._worker is None:
+            self.start()
+        assert self._worker
+        return self._worker.ask(request, self.how.timeout_seconds, self.on_wait)
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        if self._journal is None:
+            self._journal = Journal.create(self.journal_folder, self.journal_header)
+        self._journal.append(entry)
+
+
+def timing(found: TimedCase) -> Timing:
+    """What a verdict sees of a timed case."""
+    return Timing(median(found.seconds), min(found.seconds), found.record)

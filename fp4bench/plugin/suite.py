@@ -1,0 +1,373 @@
+"""One pytest session: which cases, timed by whom, compared with what, stored where.
+
+What it knows of pytest-benchmark's insides (5.3): `benchmark._mode`, `benchmark._make_stats`, `benchmark.has_error`,
+`config._benchmarksession` with `benchmarks`, `save`, `quiet`, and `storage.save`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fp4bench.plugin import options
+from fp4bench.plugin.progress import Progress
+
+if TYPE_CHECKING:
+    from fp4bench.cases import Case, Selection
+    from fp4bench.devices import Device
+    from fp4bench.plugin.gating import Gate
+    from fp4bench.plugin.run import Run
+    from fp4bench.workers.measure import TimedCase
+
+INVALID_RUN = 6  # the exit code of a run whose conditions were bad; pytest's own end at 5
+
+
+class Suite:
+    """The session's hooks and what they share."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.baselines = config.rootpath / config.getini("fp4bench_baselines")
+        self.gate: Gate | None = None
+        self.asked: dict[str, list[str]] = {}
+        self.generated: dict[str, str] = {}  # case id -> why it is skipped, or ""
+        self.ops: set[str] = set()
+        self.items: dict[str, tuple[pytest.Item, Case]] = {}  # of cases that were timed
+        self.failed: list[str] = []
+        self.left_out = 0  # cases that were deselected
+        self.notes: list[str] = []
+        self.stored: Path | None = None
+        self.invalid: list[str] = []  # why this run says nothing, whatever it is compared with
+        self.broken: ValueError | None = None
+        self.complete = False
+        self._disk: OSError | None = None
+        self._started = time.monotonic()
+        self._progress: Progress | None = None
+
+    # Options
+
+    def prepare_options(self) -> None:
+        """Check options before anything runs, and keep pytest-benchmark from comparing on its own. Raises ValueError."""
+        from pytest_benchmark.logger import PytestBenchmarkWarning
+
+        option = self.config.option
+        self._check_selection()
+        self.slowdowns = options.slowdowns(option.inject)
+        self.floors = options.floors_table(self.config.rootpath)
+        keeps = option.benchmark_save or option.benchmark_autosave
+        if (option.benchmark_compare or keeps) and self.config.getoption("dist", "no") != "no":
+            raise ValueError("cases cannot be timed beside each other: leave out -n and --dist")
+        for path in (option.benchmark_json, option.verdicts):
+            if isinstance(path, Path):
+                # Both are written at the end of the session: without its folder the run would be lost.
+                path.parent.mkdir(parents=True, exist_ok=True)
+        # pytest-benchmark warns at the end of a session, outside of any test ("nothing to save"): as an error it would hide the
+        # failures.
+        warnings.filterwarnings("default", category=PytestBenchmarkWarning)
+        wanted, option.benchmark_compare = option.benchmark_compare, None
+        if option.collectonly or not wanted:
+            return
+        if isinstance(wanted, str) and options.is_test_path(wanted):
+            raise ValueError(f"--benchmark-compare took the path {wanted!r} for its value: put the path first")
+        from fp4bench.plugin.gating import Gate
+
+        self.gate = Gate(self, wanted if isinstance(wanted, str) else None)
+
+    def _check_selection(self) -> None:
+        self.asked = options.asked(self.config)
+        try:
+            if self.asked or self.config.option.device != "auto":
+                _ = self.selection
+        except ValueError as error:
+            raise ValueError(options.swallowed_path(self.asked) or error) from None
+
+    @cached_property
+    def device(self) -> Device:
+        from fp4bench.devices import find_device
+
+        return find_device(self.config.option.device)
+
+    @cached_property
+    def selection(self) -> Selection:
+        from fp4bench.cases import select
+
+        return select(self.asked, self.device)
+
+    @cached_property
+    def machine_info(self) -> dict[str, Any]:
+        from fp4bench.timing.machine import machine_info
+
+        return machine_info(self.device)
+
+    @cached_property
+    def runs(self) -> Path:
+        """Where finished runs of this machine are stored."""
+        storage = Path(str(self.config.option.benchmark_storage).removeprefix("file://"))
+        return (self.config.invocation_params.dir / storage).resolve() / self.machine_info["machine"]
+
+    @cached_property
+    def run(self) -> Run:
+        from fp4bench.plugin.run import HowToTime, Run
+
+        option = self.config.option
+        pace = "sustained" if option.sustained else "paced"
+        how = HowToTime(self.device.torch_name, pace, option.warm, option.case_timeout, self.slowdowns)
+        return Run(how, self.runs / "unfinished", self._journal_header(pace), lambda: self.progress.show())
+
+    @cached_property
+    def progress(self) -> Progress:
+        return Progress(self.config, len(self.generated) - self.left_out)
+
+    def _journal_header(self, pace: str) -> dict[str, Any]:
+        from fp4bench.evidence.record import FORMAT
+
+        commit = self.config.hook.pytest_benchmark_generate_commit_info(config=self.config)
+        key = {
+            "format": FORMAT,
+            "machine": self.machine_info["machine"],
+            "device": self.device.torch_name,
+            "options": self.asked,
+            "pace": pace,
+            "warm": self.config.option.warm,
+            "slowdowns": self.slowdowns,
+            "commit": commit.get("id"),
+        }
+        return {"key": key, "machine_info": self.machine_info}
+
+    def short(self, path: Path) -> str:
+        """A path as a user of this project writes it."""
+        root = self.config.rootpath
+        return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+    # Collecting
+
+    def pytest_report_header(self) -> str | None:
+        return self.gate.header() if self.gate else None
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        marker = metafunc.definition.get_closest_marker("cases")
+        if marker is None:
+            return
+        from fp4bench.cases import CASES
+
+        try:
+            cases = list(CASES[marker.args[0]](self.selection))
+        except ValueError as error:  # a provider that is none; options were checked before
+            self.broken, cases = error, []  # raised here it would be one file's collection error
+        self.ops.add(marker.args[0])
+        params = []
+        for case in cases:
+            reason = case.why_not(self.device)
+            self.generated[str(case)] = reason or ""
+            params.append(pytest.param(case, marks=pytest.mark.skip(reason=reason)) if reason else case)
+        metafunc.parametrize("case", params, ids=map(str, cases))
+
+    def pytest_collection_modifyitems(self) -> None:
+        if self.broken:
+            raise pytest.UsageError(f"fp4bench: {self.broken}")
+        if self.ops and not self.generated:
+            raise pytest.UsageError("fp4bench: nothing to run: no selected provider has a selected mode and format")
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        option = self.config.option
+        if option.collectonly or not any(item.get_closest_marker("cases") for item in session.items):
+            return
+        if option.resume:
+            try:
+                self.run.resume()
+            except ValueError as error:
+                raise pytest.UsageError(f"fp4bench: {error}") from error
+            self.notes.append(f"{self.run.resumed} cases were timed before, by the run that this one resumed")
+        self.left_out = len(self.generated) - len([item for item in session.items if item.get_closest_marker("cases")])
+        self.run.start()
+
+    # Measuring
+
+    def bench(self, case: Case, benchmark: Any, item: pytest.Item) -> None:
+        """What the `bench` fixture does."""
+        from fp4bench.workers.process import StartFailed, WorkerError
+
+        benchmark._mode = "fp4bench"
+        try:
+            if benchmark.disabled:
+                self.run.check(case)
+                return
+            found = self.run.time(case)
+        except StartFailed as error:
+            # It would fail for each case that follows.
+            pytest.exit(f"fp4bench: {error}\n{error.traceback}", returncode=pytest.ExitCode.INTERNAL_ERROR)
+        except WorkerError as error:
+            self.failed.append(str(case))
+            pytest.fail(_told(error), pytrace=False)
+        except OSError as error:
+            # Going on would lose each case that follows.
+            self._disk = error
+            pytest.exit(f"fp4bench: {error}; then continue with --resume", returncode=1)
+        finally:
+            self.progress.advance(self.run.timed[str(case)].record if str(case) in self.run.timed else None)
+        self._keep(found, benchmark)
+        self.items[str(case)] = item, case
+
+    def _keep(self, found: TimedCase, benchmark: Any) -> None:
+        record = found.record
+        # Rows of one shape stand together, so that their relative times say which mode and provider is best for it.
+        benchmark.group = "{op} {model}.{layer}.tp{tp}-m{m}".format(**record)
+        benchmark.name = record["case_id"]
+        benchmark.params = {"case": record["case_id"]}
+        benchmark.extra_info.update(record)
+        stats = benchmark._make_stats(found.calls_per_sample)
+        for seconds in found.seconds:
+            stats.update(seconds * found.calls_per_sample)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+        report: Any = yield
+        if report.failed and (benchmark := getattr(item, "funcargs", {}).get("benchmark")):
+            # A case that failed after it was timed must not be stored.
+            benchmark.has_error = True
+            for case_id in [case_id for case_id, (timed, _) in self.items.items() if timed is item]:
+                self.failed.append(case_id)
+                del self.items[case_id]
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        """No dot for a passed case where the progress line counts it."""
+        quiet = self._progressing and report.when == "call" and report.passed and "[" in report.nodeid
+        return ("passed", "", "PASSED") if quiet else None
+
+    @property
+    def _progressing(self) -> bool:
+        return "progress" in self.__dict__ and self.progress.live
+
+    # Concluding
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Iterator[None]:
+        try:
+            result: Any = yield
+            self.complete = True
+            return result
+        finally:
+            try:
+                self._conclude()
+            finally:
+                if "run" in self.__dict__:
+                    self.run.close()
+
+    def _conclude(self) -> None:
+        """After the last case, or after -x, Ctrl-C or an internal error stopped the run."""
+        if self._progressing:
+            self.progress.end()
+        if not self.items:
+            return
+        if not self.complete:
+            self.notes.append(f"the run was stopped; --resume goes on after the {len(self.items)} cases that it timed")
+            return
+        from fp4bench.plugin.conditions import invalid_reasons
+
+        self.run.read_canaries()
+        self._derive()
+        self.invalid = invalid_reasons(self.run, self.device.is_cuda)
+        if self.gate:
+            self.gate.judge()
+        benchmarks = self.benchmarks
+        benchmarks.save = benchmarks.save or benchmarks.autosave or "run"
+        benchmarks.storage.save = self._store
+
+    def _derive(self) -> None:
+        """Fill what follows from the whole run: ratios to BF16 and to the ceilings."""
+        from fp4bench.evidence.record import add_roofline, add_speedups
+
+        timed = {case_id: self.run.timed[case_id] for case_id in self.items}
+        from fp4bench.plugin.run import timing
+
+        medians = {case_id: timing(found).median for case_id, found in timed.items()}
+        records = [bench.extra_info for bench in self.benchmarks.benchmarks if bench.extra_info.get("case_id") in timed]
+        add_speedups(records, medians)
+        add_roofline(records, medians, self.run.ceilings())
+
+    @property
+    def benchmarks(self) -> Any:
+        """pytest-benchmark's session."""
+        return self.config._benchmarksession  # type: ignore[attr-defined]
+
+    def _store(self, output: dict[str, Any], name: str) -> None:
+        """In the place of pytest-benchmark's storage, which numbers files without regard to others and writes in place."""
+        from fp4bench.evidence.storage import store
+
+        try:
+            self.stored = store(output, self.runs, name, samples=bool(self.config.option.benchmark_save_data))
+        except OSError as error:
+            self._disk = error
+            self.notes.append(f"the run was not stored: {error}; nothing is lost, --resume takes it up and stores it")
+        else:
+            self.run.stored()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.gate:
+            self.gate.write(self.config.option.verdicts)
+            if self.gate.invalid and session.exitstatus == pytest.ExitCode.OK and self.config.option.gate != "off":
+                session.exitstatus = INVALID_RUN
+        if self._disk and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.gate:
+            self.gate.summary(terminalreporter)
+        if self.stored:
+            terminalreporter.write_line(f"fp4bench: stored as {self.short(self.stored)}")
+        for note in self.notes:
+            terminalreporter.write_line(f"fp4bench: {note}")
+
+    # pytest-benchmark's hooks
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
+        return self.machine_info
+
+    def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
+        output_json["fp4bench"] = self.info()
+
+    def info(self) -> dict[str, Any]:
+        """What a stored run says of itself, beside its cases."""
+        from datetime import datetime, timezone
+
+        from fp4bench import __version__
+        from fp4bench.evidence.record import FORMAT
+        from fp4bench.timing.machine import session
+
+        return {
+            "format": FORMAT,
+            "version": __version__,
+            "session": session(self.machine_info, datetime.now(timezone.utc)),
+            "complete": self.complete and not self.failed and not self.left_out,
+            "failed": self.failed,
+            "invalid": self.invalid,
+            "options": self.asked,
+            "ceilings": self.run.ceilings(),
+            "canaries": self.run.canaries(),
+            "wall_s": round(time.monotonic() - self._started, 1),
+            "accepted": None,
+        }
+
+
+def _told(error: Any) -> str:
+    """A worker's error as a test's failure: what happened, and where in the provider's code, if there."""
+    parts = [str(error)]
+    if getattr(error, "type_name", "") != "WrongResultError":
+        parts += [text for text in (getattr(error, "traceback", ""), error.output) if text]
+    return "\n\n".join(parts)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
