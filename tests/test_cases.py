@@ -27,7 +27,7 @@ def test_the_cpu_set_is_llama_1b_in_both_formats():
 
 def test_the_gpu_set_is_llama_70b():
     cases = ids(gemm_cases(select({}, H200)))
-    assert "gemm-fp8-torch-llama3.3-70b.gate_up.tp1-m4096" in cases
+    assert "gemm-fp8-torch-llama3.3-70b.gate_up.tp1-m1024" in cases
     assert not [case for case in cases if "llama3.3-70b" not in case]
 
 
