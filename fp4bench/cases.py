@@ -96,7 +96,7 @@ _CPU_DEFAULTS: dict[str, Sequence[str]] = {
 }
 _GPU_DEFAULTS = _CPU_DEFAULTS | {
     "models": ["llama3.3-70b"],
-    "batch_sizes": ["1", "16", "64", "256", "1024"],
+    "batch_sizes": ["1", "64", "1024"],
     "modes": ["all"],
 }
 

@@ -44,9 +44,13 @@ class StoredRun:
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """Accepted runs of one machine, oldest first; at least one."""
+    """Accepted runs of one machine, oldest first; at least one.
+
+    card: the card whose run is to be compared (a CPU: the machine), None for any other than those of the runs.
+    """
 
     runs: tuple[StoredRun, ...]
+    card: str | None = None
 
     @cached_property
     def cases(self) -> dict[str, tuple[tuple[str, Timing], ...]]:
@@ -59,6 +63,10 @@ class Baseline:
             for case_id, timing in run.cases.items():
                 histories[case_id].append((run.session, timing))
         return {case_id: _newest_stretch(history) for case_id, history in histories.items()}
+
+    def on(self, card: str) -> "Baseline":
+        """The same runs, for a run of this card."""
+        return Baseline(self.runs, card)
 
     def newest(self, case_id: str) -> Timing:
         """The timing of the newest run that holds the case. Raises KeyError where none does."""

@@ -10,10 +10,11 @@ from fp4bench.evidence import statistics
 from fp4bench.evidence.baselines import Baseline, Timing
 from fp4bench.evidence.statistics import Prior, Spread
 
-ENOUGH_SESSIONS = 3
-# What the allowance is worth beside the few runs of a case: much, for one or two sessions hardly show how sessions differ.
+# A variance with fewer degrees of freedom than this is not known.
+ENOUGH_FREEDOM = 3
+# What the allowance is worth beside the few runs of a case: much, for two or three hardly show how they differ.
 _ALLOWANCE_FREEDOM = 30.0
-# And what it is worth where there are sessions enough, and too few cases to say what is usual among them.
+# And what it is worth where there are runs enough, and too few cases to say what is usual among them.
 _ALLOWANCE_FREEDOM_LATER = 4.0
 
 
@@ -31,7 +32,7 @@ class Effects:
 
 
 def effects(baseline: Baseline, case_id: str, timing: Timing) -> Effects:
-    """A timing against the mean of its case's accepted runs, by both witnesses."""
+    """A timing against the mean of its case's accepted runs, on its card where there are any, by both witnesses."""
     history = _histories(baseline)[case_id]
     witness = "cycles" if history.cycles and timing.record.get("cycles") else "fastest"
     mean = history.spread(witness).mean
@@ -69,6 +70,7 @@ class _History:
     fastest: Spread
     cycles: Spread | None
     log_mhz: float | None
+    on_card: bool  # compared with runs of its own card
 
     def spread(self, witness: str) -> Spread:
         if witness == "cycles":
@@ -79,47 +81,63 @@ class _History:
 
 @lru_cache(maxsize=4)
 def _histories(baseline: Baseline) -> dict[str, _History]:
-    return {case_id: _history(runs) for case_id, runs in baseline.cases.items()}
+    return {case_id: _history(runs, baseline.card) for case_id, runs in baseline.cases.items()}
 
 
-def _history(runs: tuple[tuple[str, Timing], ...]) -> _History:
+def _history(runs: tuple[tuple[str, Timing], ...], card: str | None) -> _History:
     def spread(values: Iterable[float]) -> Spread:
-        sessions: dict[str, list[float]] = {}
+        cards: dict[str, list[float]] = {}
         for (session, _), value in zip(runs, values, strict=True):
-            sessions.setdefault(session, []).append(log(value))
-        return statistics.spread(sessions.values())
+            cards.setdefault(card_of(session), []).append(log(value))
+        own = cards.pop(card, None) if card else None
+        return statistics.on_card(own, cards.values()) if own else statistics.across_cards(cards.values())
 
     timings = [timing for _, timing in runs]
     cycles: list[Any] = [timing.record.get("cycles") for timing in timings]
-    mhz: list[Any] = [timing.record.get("sm_mhz") for timing in timings]
+    own = [timing for session, timing in runs if card_of(session) == card]
+    mhz: list[Any] = [timing.record.get("sm_mhz") for timing in own or timings]
     return _History(
         timings[-1].record.get("clock"),
         spread(timing.median for timing in timings),
         spread(timing.fastest for timing in timings),
         spread(cycles) if all(cycles) else None,
         sum(map(log, mhz)) / len(mhz) if all(mhz) else None,
+        bool(own),
     )
 
 
 @lru_cache(maxsize=64)
-def _prior(baseline: Baseline, clock: str | None, witness: str) -> Prior | None:
-    """What the cases of enough sessions say of each other's variances: those timed by one clock are one population."""
-    histories = [history for history in _histories(baseline).values() if history.clock == clock]
+def _prior(baseline: Baseline, clock: str | None, witness: str, on_card: bool) -> Prior | None:
+    """What the cases say of each other's variances: those timed by one clock, on a known card or not, are one population."""
+    histories = [h for h in _histories(baseline).values() if h.clock == clock and h.on_card == on_card]
     spreads = [h.spread(witness) for h in histories if witness != "cycles" or h.cycles]
-    return statistics.fit_prior(spread for spread in spreads if spread.sessions >= ENOUGH_SESSIONS)
+    return statistics.fit_prior(spread for spread in spreads if spread.freedom >= ENOUGH_FREEDOM)
 
 
-def moderated(baseline: Baseline, case_id: str, witness: str, allowance: float) -> Spread:
-    """A case's spread with what is known beside its own runs: the other cases, or, of few sessions or cases, the allowance.
+def moderated(baseline: Baseline, case_id: str, witness: str, allowance: float, card_allowance: float, drift: float) -> Spread:
+    """A case's spread with what is known beside its own runs: the other cases, or, of few runs, an allowance.
 
-    allowance: the standard deviation of one run on a new session, as a share.
+    Standard deviations as shares: allowance, of one run on a card; card_allowance, of one card; drift, of a card between days,
+    which runs of one day do not show and which is added.
     """
     history = _histories(baseline)[case_id]
     own = history.spread(witness)
-    enough = own.sessions >= ENOUGH_SESSIONS
-    if enough and (prior := _prior(baseline, history.clock, witness)):
-        return statistics.moderate(own, prior)
-    weight = _ALLOWANCE_FREEDOM_LATER if enough else _ALLOWANCE_FREEDOM
-    assumed = statistics.moderate(own, Prior(statistics.to_log(allowance) ** 2, weight))
-    # An assumption may not vouch for a case that is seen to scatter more.
-    return replace(assumed, variance=max(assumed.variance, own.variance))
+    enough = own.freedom >= ENOUGH_FREEDOM
+    if enough and (prior := _prior(baseline, history.clock, witness, history.on_card)):
+        found = statistics.moderate(own, prior)
+    else:
+        usual = statistics.to_log(allowance if history.on_card else card_allowance)
+        assumed = statistics.moderate(own, Prior(usual**2, _ALLOWANCE_FREEDOM_LATER if enough else _ALLOWANCE_FREEDOM))
+        # An assumption may not vouch for a case that is seen to scatter more.
+        found = replace(assumed, variance=max(assumed.variance, own.variance))
+    return replace(found, variance=found.variance + statistics.to_log(drift) ** 2)
+
+
+def is_provisional(baseline: Baseline, case_id: str) -> bool:
+    """Whether a case's noise is still assumed: it has too few runs, on its card or on cards at all."""
+    return _histories(baseline)[case_id].time.freedom < ENOUGH_FREEDOM
+
+
+def card_of(session: str) -> str:
+    """The card (a CPU: the machine) of a session, which is named by card and date."""
+    return session.rpartition(" ")[0]

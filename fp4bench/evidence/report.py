@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from fp4bench.evidence.baselines import Baseline, StoredRun, Timing
-from fp4bench.evidence.histories import ENOUGH_SESSIONS, changed_kernels, mean_seconds
+from fp4bench.evidence.histories import card_of, changed_kernels, is_provisional, mean_seconds
 from fp4bench.evidence.verdict import POLICIES, Outcome, Policies, Verdict, detectable, policy_of
 
 # A list of cases that nobody scrolls through; all of them are in the verdicts file.
@@ -122,10 +122,11 @@ def _trust(baseline: Baseline, now: Mapping[str, Timing], verdicts: Mapping[str,
     """What the baseline stands on, and how many cases it cannot judge."""
     compared = [(case_id, verdict.mde) for case_id, verdict in verdicts.items() if verdict.mde is not None and case_id in now]
     blind = [case_id for case_id, mde in compared if mde > policy_of(policy, now[case_id]).blind]
-    sessions = len(baseline.sessions)
-    text = f"the baseline has {_plural(len(baseline.runs), 'run')} of {_plural(sessions, 'session')}"
-    if sessions < ENOUGH_SESSIONS:
-        text += f", provisional: noise is assumed, not measured, until {ENOUGH_SESSIONS} sessions are accepted"
+    cards = [card_of(run.session) for run in baseline.runs]
+    text = f"the baseline has {_plural(len(cards), 'run')} of {_plural(len(set(cards)), 'card')}"
+    text += f", {cards.count(baseline.card)} of this one" if baseline.card in cards else ", none of this one: cards differ"
+    if any(is_provisional(baseline, case_id) for case_id, _ in compared):
+        text += "; provisional: noise is assumed, not measured, until a card has four accepted runs, or four cards two"
     if blind:
         text += f"; {len(blind)} of {_cases(len(compared))} are blind to small slowdowns (fp4bench report --spread names them)"
     return text
@@ -197,20 +198,41 @@ def _escaped(text: str, most: int = 500) -> str:
 def half_ranges(baseline: Baseline) -> dict[str, float]:
     """Half the range of a case's run medians over their median, for the cases that two or more runs hold."""
     medians = {case_id: [t.median for _, t in runs] for case_id, runs in baseline.cases.items() if len(runs) > 1}
-    return {case_id: (max(seconds) - min(seconds)) / 2 / median(seconds) for case_id, seconds in medians.items()}
+    return {case_id: _half_range(seconds) for case_id, seconds in medians.items()}
+
+
+def half_ranges_on_a_card(baseline: Baseline) -> dict[str, float]:
+    """The same among the runs of one card; of the cards that have two or more, the median one's."""
+    found = {}
+    for case_id, runs in baseline.cases.items():
+        cards: dict[str, list[float]] = {}
+        for session, timing in runs:
+            cards.setdefault(card_of(session), []).append(timing.median)
+        if several := [_half_range(seconds) for seconds in cards.values() if len(seconds) > 1]:
+            found[case_id] = median(several)
+    return found
+
+
+def _half_range(seconds: Sequence[float]) -> float:
+    return (max(seconds) - min(seconds)) / 2 / median(seconds)
 
 
 def spread(baseline: Baseline, policy: Policies = POLICIES) -> list[str]:
-    """How well runs repeat, as a Markdown table by operation, mode and provider, and the blind cases by name."""
-    ranges, mdes = half_ranges(baseline), detectable(baseline, policy)
+    """How well runs repeat, as a Markdown table by operation, mode and provider, and the blind cases by name.
+
+    Smallest detectable slowdowns are those of a run on the card of the newest accepted one.
+    """
+    baseline = baseline.on(card_of(baseline.runs[-1].session))
+    ranges, on_card, mdes = half_ranges(baseline), half_ranges_on_a_card(baseline), detectable(baseline, policy)
     lines = [
         f"{baseline.label}: {_cases(len(baseline.cases))}, {len(ranges)} of them in two or more runs.",
         "",
-        "| cases | number | half range <= 0.3 % | <= 1 % | median | largest | smallest slowdown seen (median) |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| cases | number | half range <= 0.3 % | <= 1 % | median | largest | median, one card | smallest slowdown seen |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, members in _groups(baseline, ranges):
-        lines.append(_spread_row(name, [ranges[c] for c in members], [mdes[c] for c in members]))
+        on = [on_card[c] for c in members if c in on_card]
+        lines.append(_spread_row(name, [ranges[c] for c in members], on, [mdes[c] for c in members]))
     blind = [c for c in baseline.cases if c not in ranges or ranges[c] > _SHARES[1] or mdes[c] > _blind(baseline, policy, c)]
     blind.sort(key=lambda case_id: -mdes[case_id])
     lines += [
@@ -231,11 +253,12 @@ def _groups(baseline: Baseline, members: Iterable[str]) -> list[tuple[str, list[
     return [*sorted(groups.items()), ("**all**", everyone)]
 
 
-def _spread_row(name: str, ranges: Sequence[float], mdes: Sequence[float]) -> str:
+def _spread_row(name: str, ranges: Sequence[float], on_card: Sequence[float], mdes: Sequence[float]) -> str:
     if not ranges:
-        return f"| {name} | 0 | | | | | |"
+        return f"| {name} | 0 | | | | | | |"
     within = [f"{sum(r <= share for r in ranges) / len(ranges):.0%}" for share in _SHARES]
-    cells = (name, str(len(ranges)), *within, _percent(median(ranges)), _percent(max(ranges)), _percent(median(mdes)))
+    one_card = _percent(median(on_card)) if on_card else ""
+    cells = (name, str(len(ranges)), *within, _percent(median(ranges)), _percent(max(ranges)), one_card, _percent(median(mdes)))
     return f"| {' | '.join(cells)} |"
 
 

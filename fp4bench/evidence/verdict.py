@@ -34,7 +34,8 @@ class Policy:
     """When a case counts as slower. Shares: 0.01 is 1 %.
 
     floor: the smallest change that counts, however certain it is.
-    allowance: standard deviation of one run on a new session, assumed until three sessions show it.
+    allowance, card_allowance: standard deviation of one run on a card, and of one card, assumed until runs show it.
+    drift: standard deviation of a card between days, which runs of one day do not show.
     blind: a case whose smallest detectable slowdown is beyond this is called blind.
     alpha: probability that a run of unchanged code has one or more false regressions, all cases together; the same for FASTER.
     repetitions: fresh processes that must confirm a suspect. pause_seconds: between two of them.
@@ -42,20 +43,25 @@ class Policy:
 
     floor: float
     allowance: float
+    card_allowance: float
+    drift: float
     blind: float
     alpha: float = 0.01
     repetitions: int = 3
     pause_seconds: float = 0.0
 
 
-# By clock. Paced GPU samples by clock stamps repeat within 0.2 % between processes and 0.6 % between cards; events include the
-# launch. On two cores of a shared machine a BF16 GEMV took 2.1 ms for some seconds and 3.1 ms for the next, its fastest sample
-# too; such phases last up to 40 s, so a suspect is measured again over half a minute, and the first look may be the laxer.
+# By clock. Paced GPU samples by clock stamps repeat within 0.1 % on a card, and cards differ by up to 4 % in some cases (NVIDIA
+# H200); events include the launch. On two cores of a shared machine a BF16 GEMV took 2.1 ms for some seconds and 3.1 ms for the
+# next, its fastest sample too; such phases last up to 40 s, so a suspect is measured again over half a minute, and the first
+# look may be the laxer.
 POLICIES = {
-    "cuda_graph_stamps": Policy(floor=0.01, allowance=0.004, blind=0.02),
-    "cuda_graph_events": Policy(floor=0.02, allowance=0.01, blind=0.05),
-    "cuda_events": Policy(floor=0.05, allowance=0.03, blind=0.15),
-    "perf_counter": Policy(floor=0.15, allowance=0.05, blind=0.50, alpha=0.05, repetitions=8, pause_seconds=4),
+    "cuda_graph_stamps": Policy(floor=0.01, allowance=0.002, card_allowance=0.02, drift=0.001, blind=0.02),
+    "cuda_graph_events": Policy(floor=0.02, allowance=0.01, card_allowance=0.02, drift=0.001, blind=0.05),
+    "cuda_events": Policy(floor=0.05, allowance=0.03, card_allowance=0.03, drift=0.001, blind=0.15),
+    "perf_counter": Policy(
+        floor=0.15, allowance=0.05, card_allowance=0.05, drift=0.0, blind=0.50, alpha=0.05, repetitions=8, pause_seconds=4
+    ),
 }
 
 # One policy for all cases, or one by clock: a run may hold cases that no graph can capture beside those that it can.
@@ -160,7 +166,8 @@ def _new(baseline: Baseline, case_id: str, timing: Timing) -> Verdict | None:
 
 def _question(baseline: Baseline, case_id: str, timing: Timing, policy: Policy, floors: Mapping[str, float]) -> _Question:
     found = effects(baseline, case_id, timing)
-    spreads = tuple(moderated(baseline, case_id, witness, policy.allowance) for witness in ("time", found.witness))
+    assumed = policy.allowance, policy.card_allowance, policy.drift
+    spreads = tuple(moderated(baseline, case_id, witness, *assumed) for witness in ("time", found.witness))
     before = mean_mhz(baseline, case_id)
     mhz = (before, timing.record["sm_mhz"]) if before and found.clock is not None else None
     kernels = changed_kernels(baseline.newest(case_id).record, timing.record)
@@ -245,8 +252,8 @@ def _remedy(q: _Question, threshold: tuple[float, ...], tail: float) -> str:
     """What it would take to decide a change of this size."""
     counts = f"a change counts here from {statistics.to_share(max(threshold)):.1%} on"
     size = min(abs(q.effects.time), abs(q.effects.second))
-    needed = [statistics.sessions_needed(spread, size, tail, q.floor) for spread in q.spreads]
+    needed = [statistics.units_needed(spread, size, tail, q.floor) for spread in q.spreads]
     if any(more is None for more in needed):
-        return f"{counts}, and more sessions would not tell this one: try fp4bench ab"
+        return f"{counts}, and more runs would not tell this one: try fp4bench ab"
     more = max(more for more in needed if more is not None)
-    return f"{counts}; {more} more accepted session{'s' if more > 1 else ''} would tell this one"
+    return f"{counts}; {more} more accepted run{'s' if more > 1 else ''} would tell this one"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ from fp4bench.evidence.gate import judge_run
 from fp4bench.evidence.histories import mean_seconds
 from fp4bench.evidence.verdict import POLICIES, Outcome, Policy, Verdict
 from fp4bench.plugin.conditions import incomparable_reasons
+from fp4bench.plugin.coverage import covers
+from fp4bench.timing.machine import card
 
 if TYPE_CHECKING:
     from fp4bench.plugin.suite import Suite
@@ -35,7 +39,11 @@ class Gate:
         self._level = suite.config.option.gate
         self.verdicts: dict[str, Verdict] = {}
         self.invalid: list[str] = []  # why nothing can be decided
-        self.baseline = self._find(wanted)
+        self._judged = False
+        self._changed: list[str] = []  # of `invalid`: the machine as a whole is not what it was
+        found = self._find(wanted)
+        # Compared with the runs of this very card, where there are any.
+        self.baseline = found and found.on(card(suite.machine_info))
 
     def _find(self, wanted: str | None) -> Baseline | None:
         suite = self._suite
@@ -50,7 +58,8 @@ class Gate:
         """What the run will be compared with."""
         if self.baseline is None:
             return f"fp4bench: no accepted run of {self._suite.machine_info['machine']}, so nothing will be compared"
-        return f"fp4bench: comparing with {self.baseline.label}"
+        folder = self._suite.short(self.baseline.runs[-1].path.parent)
+        return f"fp4bench: comparing with {self.baseline.label} of {folder}, {len(self.baseline.cases)} cases"
 
     # Judging
 
@@ -59,21 +68,22 @@ class Gate:
         self.invalid = list(self._suite.invalid)
         if self.baseline is None:
             self._demand_a_baseline()
+            self._judged = True
             return
-        now, floors, expected = self._timings(), self._floors(), self._expected()
-        self.invalid += incomparable_reasons(self._suite.run, self.baseline, self._suite.device.is_cuda)
+        now, floors, expected = self._timings, self._floors(), self._expected()
+        self._changed = incomparable_reasons(self._suite.run, self.baseline, self._suite.device.is_cuda)
+        self.invalid += self._changed
         if self.invalid:
             seen = verdict.judge(self.baseline, now, self._policy, floors, expected)
             self.verdicts = verdict.invalid(seen, self.invalid)
         else:
             self.verdicts = judge_run(self.baseline, now, self._policy, floors, expected, self._measure_again)
+        self._judged = True
+        if reporter := self._suite.config.pluginmanager.getplugin("terminalreporter"):
+            reporter.ensure_newline()  # an F behind the dots of the last file would be taken for one of its tests
         for case_id, found in self.verdicts.items():
             if found.outcome in _FAILING[self._level]:
                 self._fail(case_id, found)
-        option = self._suite.config.option
-        if not (option.benchmark_verbose or option.benchmark_histogram):
-            # Our summary says what changed; pytest-benchmark's table would hide it.
-            self._suite.benchmarks.quiet = True
 
     def _demand_a_baseline(self) -> None:
         if self._level == "strict":
@@ -81,10 +91,11 @@ class Gate:
             text = f"--gate=strict: no run of {machine} is accepted in {self._suite.short(self._suite.baselines)}"
             self._report("baseline", text)
 
+    @cached_property
     def _timings(self) -> dict[str, Timing]:
         from fp4bench.plugin.run import timing
 
-        return {case_id: timing(self._suite.run.timed[case_id]) for case_id in self._suite.items}
+        return {case_id: timing(self._suite.run.timed[case_id]) for case_id in self._suite.tally.timed}
 
     @property
     def _policy(self) -> dict[str, Policy]:
@@ -96,9 +107,9 @@ class Gate:
     def _floors(self) -> dict[str, float]:
         """Each case's own floor: the first matching glob of pyproject.toml, else its test's marker."""
         floors = {}
-        for case_id in self._suite.items:
+        for case_id, (item, _) in self._suite.tally.timed.items():
             matching = (floor for glob, floor in self._suite.floors.items() if fnmatchcase(case_id, glob))
-            marker = self._suite.items[case_id][0].get_closest_marker("floor")
+            marker = item.get_closest_marker("floor")
             floor = next(matching, marker.args[0] if marker else None)
             if floor is not None:
                 floors[case_id] = floor
@@ -107,62 +118,49 @@ class Gate:
     def _expected(self) -> dict[str, str]:
         """Cases of the baseline that this run was to time and did not, with the reason; failed cases are told elsewhere."""
         assert self.baseline
-        suite = self._suite
+        tally = self._suite.tally
         absent = {}
         for case_id in self.baseline.cases:
-            if case_id in suite.items or case_id in suite.failed:
-                continue
-            if case_id in suite.generated:
-                if reason := suite.generated[case_id]:
-                    absent[case_id] = f"skipped: {reason}"
-            elif self._selected(self.baseline.newest(case_id).record):
-                absent[case_id] = "no provider offers it any more"
+            if case_id in tally.selected and case_id in tally.skipped:
+                absent[case_id] = f"skipped: {tally.skipped[case_id]}"
+            # Where tests were deselected, nobody knows whether it would have been among them.
+            elif case_id not in tally.generated and not tally.left_out:
+                absent |= self._vanished(case_id, self.baseline.newest(case_id).record)
         return absent
 
-    def _selected(self, record: dict[str, Any]) -> bool:
-        """Whether a case like this one is in this run's selection, all of which was collected."""
-        chosen = self._suite.selection
-        return (
-            record["op"] in self._suite.ops
-            and record["provider"] in self._providers()
-            and any((s.model.name, s.tp, s.layer.k) == (record["model"], record["tp"], record["k"]) for s in chosen.shards)
-            and (record["n"] is None or any(s.layer.n == record["n"] for s in chosen.shards))
-            and record["m"] in chosen.batch_sizes
-            and (record["hadamard"] is None or record["hadamard"] in chosen.had_sizes)
-            and (record["op"] != "gemm" or record["mode"] in {mode.name for mode in chosen.modes})
-        )
-
-    def _providers(self) -> set[str]:
-        """Selected by name; without --providers all, those too that are no longer there."""
-        asked = self._suite.asked.get("providers")
-        if asked and asked != ["all"]:
-            return set(asked)
-        assert self.baseline
-        return {self.baseline.newest(case_id).record["provider"] for case_id in self.baseline.cases}
+    def _vanished(self, case_id: str, record: dict[str, Any]) -> dict[str, str]:
+        """The case with the reason, if the options ask for what nobody offers any more."""
+        suite = self._suite
+        if record["op"] not in suite.ops or not covers(suite.selection, record):
+            return {}
+        provider = record["provider"]
+        if provider in {known.name for known in suite.selection.providers}:
+            return {case_id: f"the provider {provider} no longer offers it"}
+        everyone = suite.asked.get("providers", ["all"]) == ["all"]
+        return {case_id: f"the provider {provider} is not installed"} if everyone else {}
 
     def _measure_again(self, case_ids: list[str]) -> dict[str, Timing | str]:
         self._suite.progress.show(doing=f"measuring {len(case_ids)} again in a fresh process")
-        return self._suite.run.time_again({case_id: self._suite.items[case_id][1] for case_id in case_ids})
+        return self._suite.run.time_again({case_id: self._suite.tally.timed[case_id][1] for case_id in case_ids})
 
     # Telling
 
     def _fail(self, case_id: str, found: Verdict) -> None:
         """Report a case as a failed test: exit code 1, FAILURES, JUnit, and `--lf` measures it again."""
         text = f"{case_id} is {found.outcome.value}: {self._told(case_id, found)}"
-        if case_id in self._suite.items:
-            item = self._suite.items[case_id][0]
+        if item := self._suite.item_of.get(case_id):
             self._report(item.nodeid, text, item.location)
         else:
             self._report(f"missing[{case_id}]", text)
 
     def _told(self, case_id: str, found: Verdict) -> str:
-        """`2.1 % slower (1.7 % to 2.5 %) than its baseline: 12.40 us then, 12.66 us now; <detail>`."""
+        """`+2.1% (+1.7% to +2.5%) beside its baseline, 12.40 us then and 12.66 us now; <detail>`."""
         assert self.baseline
         parts = [found.detail] if found.detail else []
         if found.change is not None and found.interval is not None:
             low, high = found.interval
             then = report.duration(mean_seconds(self.baseline, case_id))
-            now = report.duration(self._timings()[case_id].median)
+            now = report.duration(self._timings[case_id].median)
             change = f"{found.change:+.1%} ({low:+.1%} to {high:+.1%}) beside its baseline, {then} then and {now} now"
             parts.insert(0, change)
         return "; ".join(parts or [found.reason])
@@ -177,18 +175,27 @@ class Gate:
         suite = self._suite
         if self.invalid:
             reporter.section("fp4bench: INVALID run", red=True)
-            for reason in self.invalid:
-                reporter.write_line(f"INVALID: {reason}")
-            reporter.write_line("This says nothing about the kernels. Repeat the run when the machine is free and cool.")
+            for line in self._about_invalid():
+                reporter.write_line(line)
+        elif not self._judged or not (self.verdicts or suite.tally.timed):
+            reporter.write_line("fp4bench: nothing was compared: the run was stopped, or no case was timed")
         elif self.baseline is None:
-            if suite.items:
-                reporter.write_line(f"fp4bench: nothing was compared: {self._how_to_accept()}")
-        elif self.verdicts:
+            reporter.write_line(f"fp4bench: nothing was compared: {self._how_to_accept()}")
+        else:
             reporter.section("fp4bench: baseline and now")
             lines = report.summary(
-                self.baseline, self._timings(), self.verdicts, suite.machine_info, self._policy, self._stored()
+                self.baseline, self._timings, self.verdicts, suite.machine_info, self._policy, self._stored()
             )
             reporter.write("\n".join((*lines, "")) + "\n")
+
+    def _about_invalid(self) -> list[str]:
+        lines = [f"INVALID: {reason}" for reason in self.invalid]
+        if self.baseline and (changes := report.environment_changes(self.baseline, self._suite.machine_info)):
+            lines.append(f"changed since {self.baseline.runs[-1].name}: {changes}")
+        if self.invalid != self._changed or not self._stored():
+            return [*lines, "This says nothing about the kernels. Repeat the run when the machine is free and cool."]
+        accept = f'fp4bench accept {self._stored()} --name NAME --reason "..."'
+        return [*lines, f"This says nothing about the kernels. Repeat the run; if the change is here to stay: {accept}"]
 
     def _stored(self) -> str | None:
         return self._suite.short(self._suite.stored) if self._suite.stored else None
@@ -196,19 +203,25 @@ class Gate:
     def _how_to_accept(self) -> str:
         machine = self._suite.machine_info["machine"]
         run = self._stored()
-        how = f'; accept this run with: fp4bench accept {run} --name first --reason "..."' if run else ""
+        fit = run and self._suite.tally.complete
+        how = f'; accept this run with: fp4bench accept {run} --name first --reason "..."' if fit else ""
         return f"no run of {machine} is accepted yet{how}"
 
     def write(self, path: Path | None) -> None:
-        """The verdicts as JSON, for other programs."""
-        from fp4bench.plugin.suite import write_json
-
-        if path is not None:
-            write_json(path, self._content())
+        """The verdicts as JSON, for other programs. Raises OSError, one sentence."""
+        if path is None:
+            return
+        text = json.dumps(self._content(), indent=1, allow_nan=False) + "\n"
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OSError(f"cannot write the verdicts {path}: {error.strerror}") from error
 
     def _content(self) -> dict[str, Any]:
         outcomes = [verdict.outcome for verdict in self.verdicts.values()]
-        if self.invalid:
+        if not self._judged:
+            outcome = "not_judged"  # stopped, or --benchmark-disable
+        elif self.invalid:
             outcome = "invalid"
         elif self.baseline is None:
             outcome = "no_baseline"
@@ -220,6 +233,6 @@ class Gate:
             "machine": self._suite.machine_info["machine"],
             "counts": {o.value: outcomes.count(o) for o in Outcome if o in outcomes},
             "invalid": self.invalid,
-            "failed": self._suite.failed,
-            "cases": report.rows(self.baseline, self._timings(), self.verdicts),
+            "failed": self._suite.tally.failed,
+            "cases": report.rows(self.baseline, self._timings, self.verdicts),
         }

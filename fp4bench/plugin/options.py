@@ -86,6 +86,21 @@ def slowdowns(path: Path | None) -> dict[str, float]:
     return plan
 
 
+def check_floor(item: pytest.Item) -> None:
+    """Raises ValueError for a test whose `floor` marker is none."""
+    marker = item.get_closest_marker("floor")
+    if marker and not (len(marker.args) == 1 and not marker.kwargs and _is_floor(marker.args[0])):
+        raise ValueError(f"the floor marker of {item.nodeid} needs one share such as 0.03: it has {marker.args or 'none'}")
+
+
+def check_numbers(case_timeout: float, confirm: int | None) -> None:
+    """Raises ValueError."""
+    if not case_timeout > 0:
+        raise ValueError(f"--case-timeout {case_timeout:g} is not a time in seconds")
+    if confirm is not None and confirm < 0:
+        raise ValueError(f"--confirm {confirm} is not a number of repetitions")
+
+
 def floors_table(rootpath: Path) -> dict[str, float]:
     """`floors` of `[tool.fp4bench]` in pyproject.toml: the smallest slowdown that fails, by glob of case ids.
 
@@ -98,10 +113,16 @@ def floors_table(rootpath: Path) -> dict[str, float]:
     if unknown := settings.keys() - {"floors"}:
         raise ValueError(f"[tool.fp4bench] of {path.name} has no {', '.join(sorted(unknown))}: known is floors")
     floors = settings.get("floors", {})
+    if not isinstance(floors, dict):
+        raise ValueError(f"[tool.fp4bench] floors of {path.name} is no table of globs and shares")
     for glob, floor in floors.items():
-        if not isinstance(floor, int | float) or not 0 < floor < 1:
+        if not _is_floor(floor):
             raise ValueError(f"[tool.fp4bench] floors {glob!r} of {path.name} is {floor!r}, not a share such as 0.03")
     return floors
+
+
+def _is_floor(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < 1
 
 
 def _toml() -> Any:

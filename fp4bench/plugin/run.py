@@ -38,11 +38,11 @@ class Run:
     journal_folder: Path
     journal_header: dict[str, Any]
     on_wait: Callable[[], None]
+    started: float  # by time.monotonic()
     timed: dict[str, TimedCase] = field(default_factory=dict)
     conditions: list[dict[str, Any]] = field(default_factory=list)
     canary_errors: list[str] = field(default_factory=list)
-    resumed: int = 0
-    started: float = field(default_factory=time.monotonic)
+    resumed: frozenset[str] = frozenset()  # cases that a run that was cut off had timed
     _worker: Worker | None = None
     _journal: Journal | None = None
     _canaries_due: float = 0.0
@@ -55,14 +55,12 @@ class Run:
         if path is None:
             raise ValueError(f"--resume found no run to go on with in {self.journal_folder}: start without it")
         self._journal = Journal.reopen(path)  # which locks it, before it is read
-        for entry in journal.read(path)[1]:
-            if "record" in entry:
-                self.timed[entry["record"]["case_id"]] = TimedCase(
-                    entry["record"], tuple(entry["seconds"]), entry["calls_per_sample"]
-                )
-            else:
-                self.conditions.append(entry["conditions"])
-        self.resumed = len(self.timed)
+        entries = journal.read(path)[1]
+        for entry in entries:
+            self._take_over(entry)
+        self.resumed = frozenset(self.timed)
+        # The run's time goes on where it was: canaries are judged in its order.
+        self.started -= max(entry["at_s"] for entry in entries)
 
     def start(self) -> None:
         """Start the worker process, without waiting for it."""
@@ -79,7 +77,7 @@ class Run:
             if time.monotonic() >= self._canaries_due:
                 self.read_canaries()
             found: TimedCase = self._ask(TimeCase(case, self.how.slowdowns.get(case_id, 0.0)))
-            self._note({"record": found.record, "seconds": found.seconds, "calls_per_sample": found.calls_per_sample})
+            self._note(record=found.record, seconds=found.seconds, calls_per_sample=found.calls_per_sample)
             self.timed[case_id] = found
         return self.timed[case_id]
 
@@ -99,14 +97,14 @@ class Run:
 
     def read_canaries(self) -> None:
         """Time the canaries and note what the machine is like. Where they cannot be timed, no case is at fault: the run is."""
-        at = time.monotonic() - self.started
+        at = self.seconds
         self._canaries_due = time.monotonic() + CANARY_EVERY_SECONDS
         try:
             conditions: Conditions = self._ask(ReadCanaries())
         except StartFailed:
             raise
         except WorkerError as error:
-            self.canary_errors.append(f"the canaries could not be timed: {error}")
+            self.note_canary_error(error)
             return
         entry = {
             "canaries": [{"at_s": at, **reading} for reading in conditions.canaries],
@@ -114,8 +112,19 @@ class Run:
             "snapshot": conditions.snapshot,
             "idle": conditions.idle,
         }
-        self._note({"conditions": entry})
+        self._note(conditions=entry)
         self.conditions.append(entry)
+
+    def note_canary_error(self, error: WorkerError) -> None:
+        """The run cannot be believed. Raises OSError where the journal cannot be written."""
+        sentence = f"the canaries could not be timed: {error}"
+        self.canary_errors.append(sentence)
+        self._note(canary_error=sentence)
+
+    @property
+    def seconds(self) -> float:
+        """How long this run has been going on, without the time between its parts if it was resumed."""
+        return time.monotonic() - self.started
 
     def canaries(self) -> list[dict[str, Any]]:
         """All readings of the canaries, in time order."""
@@ -147,10 +156,20 @@ class Run:
         assert self._worker
         return self._worker.ask(request, self.how.timeout_seconds, self.on_wait)
 
-    def _note(self, entry: dict[str, Any]) -> None:
+    def _note(self, **entry: Any) -> None:
         if self._journal is None:
             self._journal = Journal.create(self.journal_folder, self.journal_header)
-        self._journal.append(entry)
+        self._journal.append({"at_s": self.seconds, **entry})
+
+    def _take_over(self, entry: dict[str, Any]) -> None:
+        """A line of the journal, as `_note` wrote it."""
+        if "record" in entry:
+            found = TimedCase(entry["record"], tuple(entry["seconds"]), entry["calls_per_sample"])
+            self.timed[found.record["case_id"]] = found
+        elif "conditions" in entry:
+            self.conditions.append(entry["conditions"])
+        else:
+            self.canary_errors.append(entry["canary_error"])
 
 
 def timing(found: TimedCase) -> Timing:

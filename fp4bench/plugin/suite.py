@@ -1,15 +1,14 @@
 """One pytest session: which cases, timed by whom, compared with what, stored where.
 
 What it knows of pytest-benchmark's insides (5.3): `benchmark._mode`, `benchmark._make_stats`, `benchmark.has_error`,
-`config._benchmarksession` with `benchmarks`, `save`, `quiet`, and `storage.save`.
+`config._benchmarksession` with `benchmarks`, `disabled`, `skip`, `save`, `autosave`, `quiet`, `save_json` and `storage.save`.
 """
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import pytest
 
 from fp4bench.plugin import options
 from fp4bench.plugin.progress import Progress
+from fp4bench.plugin.tally import Tally, case_of
 
 if TYPE_CHECKING:
     from fp4bench.cases import Case, Selection
@@ -37,19 +37,16 @@ class Suite:
         self.baselines = config.rootpath / config.getini("fp4bench_baselines")
         self.gate: Gate | None = None
         self.asked: dict[str, list[str]] = {}
-        self.generated: dict[str, str] = {}  # case id -> why it is skipped, or ""
         self.ops: set[str] = set()
-        self.items: dict[str, tuple[pytest.Item, Case]] = {}  # of cases that were timed
-        self.failed: list[str] = []
-        self.left_out = 0  # cases that were deselected
+        self.tally = Tally()
+        self.item_of: dict[str, pytest.Item] = {}  # of the selected cases
         self.notes: list[str] = []
         self.stored: Path | None = None
         self.invalid: list[str] = []  # why this run says nothing, whatever it is compared with
         self.broken: ValueError | None = None
-        self.complete = False
-        self._disk: OSError | None = None
         self._started = time.monotonic()
-        self._progress: Progress | None = None
+        self._concluded = False
+        self._wrote = True  # all that was to be written
 
     # Options
 
@@ -59,11 +56,14 @@ class Suite:
 
         option = self.config.option
         self._check_selection()
+        options.check_numbers(option.case_timeout, option.confirm)
         self.slowdowns = options.slowdowns(option.inject)
         self.floors = options.floors_table(self.config.rootpath)
         keeps = option.benchmark_save or option.benchmark_autosave
         if (option.benchmark_compare or keeps) and self.config.getoption("dist", "no") != "no":
             raise ValueError("cases cannot be timed beside each other: leave out -n and --dist")
+        if option.verdicts and not option.benchmark_compare:
+            raise ValueError("--verdicts needs --benchmark-compare: without a comparison there are none")
         for path in (option.benchmark_json, option.verdicts):
             if isinstance(path, Path):
                 # Both are written at the end of the session: without its folder the run would be lost.
@@ -119,11 +119,11 @@ class Suite:
         option = self.config.option
         pace = "sustained" if option.sustained else "paced"
         how = HowToTime(self.device.torch_name, pace, option.warm, option.case_timeout, self.slowdowns)
-        return Run(how, self.runs / "unfinished", self._journal_header(pace), lambda: self.progress.show())
+        return Run(how, self.runs / "unfinished", self._journal_header(pace), lambda: self.progress.show(), self._started)
 
     @cached_property
     def progress(self) -> Progress:
-        return Progress(self.config, len(self.generated) - self.left_out)
+        return Progress(self.config, len(self.tally.due), len(self.run.resumed))
 
     def _journal_header(self, pace: str) -> dict[str, Any]:
         from fp4bench.evidence.record import FORMAT
@@ -131,7 +131,7 @@ class Suite:
         commit = self.config.hook.pytest_benchmark_generate_commit_info(config=self.config)
         key = {
             "format": FORMAT,
-            "machine": self.machine_info["machine"],
+            "machine_info": self.machine_info,
             "device": self.device.torch_name,
             "options": self.asked,
             "pace": pace,
@@ -139,7 +139,7 @@ class Suite:
             "slowdowns": self.slowdowns,
             "commit": commit.get("id"),
         }
-        return {"key": key, "machine_info": self.machine_info}
+        return {"key": key}
 
     def short(self, path: Path) -> str:
         """A path as a user of this project writes it."""
@@ -165,28 +165,48 @@ class Suite:
         params = []
         for case in cases:
             reason = case.why_not(self.device)
-            self.generated[str(case)] = reason or ""
+            self.tally.generated.add(str(case))
+            if reason:
+                self.tally.skipped[str(case)] = reason
             params.append(pytest.param(case, marks=pytest.mark.skip(reason=reason)) if reason else case)
         metafunc.parametrize("case", params, ids=map(str, cases))
 
-    def pytest_collection_modifyitems(self) -> None:
-        if self.broken:
-            raise pytest.UsageError(f"fp4bench: {self.broken}")
-        if self.ops and not self.generated:
-            raise pytest.UsageError("fp4bench: nothing to run: no selected provider has a selected mode and format")
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        try:
+            if self.broken:
+                raise self.broken
+            if self.ops and not self.tally.generated:
+                raise ValueError("nothing to run: no selected provider has a selected mode and format")
+            for item in items:
+                options.check_floor(item)
+        except ValueError as error:
+            raise pytest.UsageError(f"fp4bench: {error}") from error
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        option = self.config.option
-        if option.collectonly or not any(item.get_closest_marker("cases") for item in session.items):
+        found = [(str(case), item) for item in session.items if (case := case_of(item))]
+        self.item_of = dict(found)
+        self.tally.selected = set(self.item_of)
+        if self.config.option.collectonly or not found:
             return
-        if option.resume:
-            try:
-                self.run.resume()
-            except ValueError as error:
-                raise pytest.UsageError(f"fp4bench: {error}") from error
-            self.notes.append(f"{self.run.resumed} cases were timed before, by the run that this one resumed")
-        self.left_out = len(self.generated) - len([item for item in session.items if item.get_closest_marker("cases")])
-        self.run.start()
+        try:
+            if len(found) > len(self.item_of):
+                case_id, item = next((c, item) for c, item in found if self.item_of[c] is not item)
+                raise ValueError(f"{case_id} has two tests, and a run times it once: deselect {item.nodeid} or the other")
+            if unknown := self.slowdowns.keys() - self.tally.due:
+                raise ValueError(f"--inject slows down {min(unknown)}, which this run does not time")
+            if self.config.option.resume:
+                self._resume()
+        except ValueError as error:
+            raise pytest.UsageError(f"fp4bench: {error}") from error
+        if self.tally.due:
+            self.run.start()
+
+    def _resume(self) -> None:
+        """Raises ValueError where there is nothing to go on with, or where what was timed would be lost."""
+        self.run.resume()
+        if lost := self.run.timed.keys() - self.tally.due:
+            raise ValueError(f"--resume: the run that was cut off had timed {min(lost)} too: select what it had selected")
+        self.notes.append(f"{len(self.run.resumed)} cases were timed before, by the run that this one resumed")
 
     # Measuring
 
@@ -204,16 +224,14 @@ class Suite:
             # It would fail for each case that follows.
             pytest.exit(f"fp4bench: {error}\n{error.traceback}", returncode=pytest.ExitCode.INTERNAL_ERROR)
         except WorkerError as error:
-            self.failed.append(str(case))
-            pytest.fail(_told(error), pytrace=False)
+            raise pytest.fail.Exception(_told(error), pytrace=False) from None
         except OSError as error:
             # Going on would lose each case that follows.
-            self._disk = error
-            pytest.exit(f"fp4bench: {error}; then continue with --resume", returncode=1)
+            pytest.exit(f"fp4bench: {error}", returncode=pytest.ExitCode.TESTS_FAILED)
         finally:
             self.progress.advance(self.run.timed[str(case)].record if str(case) in self.run.timed else None)
         self._keep(found, benchmark)
-        self.items[str(case)] = item, case
+        self.tally.timed[str(case)] = item, case
 
     def _keep(self, found: TimedCase, benchmark: Any) -> None:
         record = found.record
@@ -229,12 +247,15 @@ class Suite:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
         report: Any = yield
-        if report.failed and (benchmark := getattr(item, "funcargs", {}).get("benchmark")):
-            # A case that failed after it was timed must not be stored.
-            benchmark.has_error = True
-            for case_id in [case_id for case_id, (timed, _) in self.items.items() if timed is item]:
-                self.failed.append(case_id)
-                del self.items[case_id]
+        if case := case_of(item):
+            if report.failed:
+                # A case that failed after it was timed must not be stored.
+                self.tally.fail(str(case))
+                if benchmark := getattr(item, "funcargs", {}).get("benchmark"):
+                    benchmark.has_error = True
+            elif report.skipped and str(case) not in self.tally.skipped:
+                reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+                self.tally.skipped[str(case)] = reason.removeprefix("Skipped: ")
         return report
 
     @pytest.hookimpl(tryfirst=True)
@@ -253,44 +274,65 @@ class Suite:
     def pytest_runtestloop(self, session: pytest.Session) -> Iterator[None]:
         try:
             result: Any = yield
-            self.complete = True
+            if not self.config.option.collectonly:
+                self._conclude()
             return result
         finally:
-            try:
-                self._conclude()
-            finally:
-                if "run" in self.__dict__:
-                    self.run.close()
+            if self._progressing:
+                self.progress.end()
+            if not self._concluded:
+                self._leave_unfinished()
+            if "run" in self.__dict__:
+                self.run.close()
 
     def _conclude(self) -> None:
-        """After the last case, or after -x, Ctrl-C or an internal error stopped the run."""
-        if self._progressing:
-            self.progress.end()
-        if not self.items:
+        """After the last case."""
+        if self.benchmarks.disabled or self.benchmarks.skip or not self.tally.selected:
             return
-        if not self.complete:
-            self.notes.append(f"the run was stopped; --resume goes on after the {len(self.items)} cases that it timed")
+        try:
+            if self.tally.timed:
+                self._look_at_the_machine()
+                self._derive()
+            if self.gate:
+                self.gate.judge()
+        except OSError as error:
+            self._not_written(str(error))
             return
-        from fp4bench.plugin.conditions import invalid_reasons
-
-        self.run.read_canaries()
-        self._derive()
-        self.invalid = invalid_reasons(self.run, self.device.is_cuda)
-        if self.gate:
-            self.gate.judge()
+        self._concluded = True
         benchmarks = self.benchmarks
-        benchmarks.save = benchmarks.save or benchmarks.autosave or "run"
-        benchmarks.storage.save = self._store
+        if self.tally.timed:
+            benchmarks.save = benchmarks.save or benchmarks.autosave or "run"
+            benchmarks.storage.save = self._store
+            benchmarks.save_json = self._writing_json(benchmarks.save_json)
+        if self.gate and self.gate.baseline and not (benchmarks.verbose or benchmarks.histogram):
+            # Our summary says what changed; pytest-benchmark's table would hide it.
+            benchmarks.quiet = True
+
+    def _leave_unfinished(self) -> None:
+        """After -x, Ctrl-C or an internal error. What was timed is in the journal, and is no run that could be stored."""
+        if self.tally.timed:
+            self.notes.append(f"the run was stopped; with --resume it goes on after the {len(self.tally.timed)} cases it timed")
+            self.benchmarks.save = self.benchmarks.autosave = None
+
+    def _look_at_the_machine(self) -> None:
+        from fp4bench.plugin.conditions import invalid_reasons
+        from fp4bench.workers.process import StartFailed
+
+        try:
+            self.run.read_canaries()
+        except StartFailed as error:
+            self.run.note_canary_error(error)
+        self.invalid = invalid_reasons(self.run, self.device.is_cuda)
+        if self.invalid and not self.gate:
+            self.notes += [f"this run is INVALID, and cannot be accepted: {reason}" for reason in self.invalid]
 
     def _derive(self) -> None:
         """Fill what follows from the whole run: ratios to BF16 and to the ceilings."""
         from fp4bench.evidence.record import add_roofline, add_speedups
-
-        timed = {case_id: self.run.timed[case_id] for case_id in self.items}
         from fp4bench.plugin.run import timing
 
-        medians = {case_id: timing(found).median for case_id, found in timed.items()}
-        records = [bench.extra_info for bench in self.benchmarks.benchmarks if bench.extra_info.get("case_id") in timed]
+        medians = {case_id: timing(self.run.timed[case_id]).median for case_id in self.tally.timed}
+        records = [bench.extra_info for bench in self.benchmarks.benchmarks if bench.extra_info.get("case_id") in medians]
         add_speedups(records, medians)
         add_roofline(records, medians, self.run.ceilings())
 
@@ -306,19 +348,38 @@ class Suite:
         try:
             self.stored = store(output, self.runs, name, samples=bool(self.config.option.benchmark_save_data))
         except OSError as error:
-            self._disk = error
-            self.notes.append(f"the run was not stored: {error}; nothing is lost, --resume takes it up and stores it")
+            self._not_written(f"the run was not stored: {error}; nothing is lost, --resume takes it up and stores it")
         else:
             self.run.stored()
+
+    def _writing_json(self, save_json: Callable[[Any], None]) -> Callable[[Any], None]:
+        """pytest-benchmark's --benchmark-json, which comes before storing, and must not keep from that."""
+
+        def save(output: Any) -> None:
+            try:
+                save_json(output)
+            except OSError as error:
+                self._not_written(f"--benchmark-json was not written: {error}")
+
+        return save
+
+    def _not_written(self, note: str) -> None:
+        self._wrote = False
+        self.notes.append(note)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.gate:
-            self.gate.write(self.config.option.verdicts)
-            if self.gate.invalid and session.exitstatus == pytest.ExitCode.OK and self.config.option.gate != "off":
-                session.exitstatus = INVALID_RUN
-        if self._disk and session.exitstatus == pytest.ExitCode.OK:
+            try:
+                self.gate.write(self.config.option.verdicts)
+            except OSError as error:
+                self._not_written(str(error))
+        if session.exitstatus != pytest.ExitCode.OK:
+            return
+        if not self._wrote:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        elif self.gate and self.gate.invalid and self.config.option.gate != "off":
+            session.exitstatus = INVALID_RUN
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -350,13 +411,13 @@ class Suite:
             "format": FORMAT,
             "version": __version__,
             "session": session(self.machine_info, datetime.now(timezone.utc)),
-            "complete": self.complete and not self.failed and not self.left_out,
-            "failed": self.failed,
+            "complete": self._concluded and self.tally.complete,
+            "failed": self.tally.failed,
             "invalid": self.invalid,
             "options": self.asked,
             "ceilings": self.run.ceilings(),
             "canaries": self.run.canaries(),
-            "wall_s": round(time.monotonic() - self._started, 1),
+            "wall_s": round(self.run.seconds, 1),
             "accepted": None,
         }
 
@@ -367,7 +428,3 @@ def _told(error: Any) -> str:
     if getattr(error, "type_name", "") != "WrongResultError":
         parts += [text for text in (getattr(error, "traceback", ""), error.output) if text]
     return "\n\n".join(parts)
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

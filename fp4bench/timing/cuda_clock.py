@@ -25,6 +25,7 @@ class CudaClock:
     def __init__(self, device: Device, pace: Pace, warm: bool = False) -> None:
         assert device.l2_bytes is not None
         self._device, self._l2_bytes, self._pace, self._warm = device, device.l2_bytes, pace, warm
+        self._flush = torch.empty(0 if warm else 2 * device.l2_bytes, dtype=torch.int8, device=device.torch_name)
 
     def copies(self, bytes_touched: int) -> int:
         return 1 if self._warm else copies_needed(bytes_touched, self._l2_bytes)
@@ -67,10 +68,6 @@ class CudaClock:
             sm_mhz=tuple(r.sm_mhz or 0.0 for r in readings) if stamped else None,
             event_seconds=None if flushed else tuple(r.event_seconds for r in readings),
         )
-
-    @cached_property
-    def _flush(self) -> torch.Tensor:
-        return torch.empty(2 * self._l2_bytes, dtype=torch.int8, device=self._device.torch_name)
 
     @cached_property
     def _spin_overhead(self) -> float:

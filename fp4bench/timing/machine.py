@@ -57,7 +57,12 @@ def session(machine_info: Mapping[str, Any], now_utc: datetime) -> str:
     """
     if now_utc.tzinfo is None:
         raise ValueError(f"the time {now_utc} of a session has no time zone: use datetime.now(timezone.utc)")
-    return f"{machine_info['uuid'] or machine_info['machine']} {now_utc.astimezone(timezone.utc):%Y-%m-%d}"
+    return f"{card(machine_info)} {now_utc.astimezone(timezone.utc):%Y-%m-%d}"
+
+
+def card(machine_info: Mapping[str, Any]) -> str:
+    """Which of the machines with this key it is: the GPU's UUID; of CPUs the key itself."""
+    return str(machine_info["uuid"] or machine_info["machine"])
 
 
 def _cores() -> int:

@@ -50,7 +50,7 @@ class Pace:
 
 # 2 ms bursts, one part work and five parts rest: see above. Nine samples are the fewest whose second and eighth bound a median
 # with 95 % confidence.
-PACED = Pace("paced", 2e-3, 0.01, 0.08, 0.0, fewest=9, most=40, budget_seconds=0.4, precision=1e-3)
+PACED = Pace("paced", 2e-3, 0.01, 0.08, 0.0, fewest=9, most=40, budget_seconds=0.4, precision=1.5e-3)
 # The power controller needs about 0.3 s to settle (H200); then 2 ms samples without a gap.
 SUSTAINED = Pace("sustained", 2e-3, 0.0, 0.0, 0.5, fewest=25, most=200, budget_seconds=0.4, precision=1e-3)
 PACES = {pace.name: pace for pace in (PACED, SUSTAINED)}
@@ -68,9 +68,8 @@ def take(read: Callable[[], Sample], pace: Pace, sleep: Callable[[float], None] 
     started = time.perf_counter()
     read()
     long = time.perf_counter() - started > _LONG_SECONDS
-    gap = find_gap(read, pace, sleep, 2 if long else 3) if pace.gap_seconds else warm(read, pace)
+    gap, samples = find_gap(read, pace, sleep, 2 if long else 3) if pace.gap_seconds else (warm(read, pace), [])
     fewest = min(pace.fewest, _FEWEST_LONG) if long else pace.fewest
-    samples: list[Sample] = []
     until = time.perf_counter() + pace.budget_seconds
     while len(samples) < pace.most:
         enough = len(samples) >= fewest and known([s.seconds for s in samples], pace.precision)
@@ -90,22 +89,24 @@ def warm(read: Callable[[], Sample], pace: Pace) -> float:
     return 0.0
 
 
-def find_gap(read: Callable[[], Sample], pace: Pace, sleep: Callable[[float], None], looks: int = 3) -> float:
+def find_gap(
+    read: Callable[[], Sample], pace: Pace, sleep: Callable[[float], None], looks: int = 3
+) -> tuple[float, list[Sample]]:
     """The shortest gap, doubling, at which the SM clock of paced samples is what it is after a rest; the first without clocks.
 
-    These readings, `looks` at each gap, warm the device up and are no samples.
+    Returns it with the `looks` samples that were taken at it; those at shorter gaps warmed the device up.
     """
     gap = pace.gap_seconds
     sleep(max(_REST_SECONDS, gap))
     rested = read().sm_mhz
     while True:
-        clocks = []
+        samples = []
         for _ in range(looks):
             sleep(gap)
-            clocks.append(read().sm_mhz)
-        paced = median(mhz or 0.0 for mhz in clocks)
+            samples.append(read())
+        paced = median(sample.sm_mhz or 0.0 for sample in samples)
         if not rested or paced >= (1 - _CLOCK_DROP) * rested or gap >= pace.most_gap_seconds:
-            return gap
+            return gap, samples
         gap = min(2 * gap, pace.most_gap_seconds)
 
 
