@@ -180,13 +180,14 @@ class Suite:
             for item in items:
                 options.check_floor(item)
         except ValueError as error:
+            self.broken = error  # pytest finishes the collection all the same
             raise pytest.UsageError(f"fp4bench: {error}") from error
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         found = [(str(case), item) for item in session.items if (case := case_of(item))]
         self.item_of = dict(found)
         self.tally.selected = set(self.item_of)
-        if self.config.option.collectonly or not found:
+        if self.config.option.collectonly or self.broken or not found:
             return
         try:
             if len(found) > len(self.item_of):
@@ -282,8 +283,6 @@ class Suite:
                 self.progress.end()
             if not self._concluded:
                 self._leave_unfinished()
-            if "run" in self.__dict__:
-                self.run.close()
 
     def _conclude(self) -> None:
         """After the last case."""
@@ -390,6 +389,10 @@ class Suite:
         for note in self.notes:
             terminalreporter.write_line(f"fp4bench: {note}")
 
+    def pytest_unconfigure(self) -> None:
+        if "run" in self.__dict__:
+            self.run.close()
+
     # pytest-benchmark's hooks
 
     @pytest.hookimpl(tryfirst=True)
@@ -413,6 +416,7 @@ class Suite:
             "session": session(self.machine_info, datetime.now(timezone.utc)),
             "complete": self._concluded and self.tally.complete,
             "failed": self.tally.failed,
+            "left_out": len(self.tally.left_out),
             "invalid": self.invalid,
             "options": self.asked,
             "ceilings": self.run.ceilings(),
