@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fp4bench import cli
+from fp4bench.evidence import baselines, report
 from fp4bench.models import get_model
+from fp4bench.plugin.options import floors_table
 from fp4bench.problems import MODES
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +23,8 @@ INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", README, flags=re
 COMMANDS = [
     line.split("#")[0].strip() for body in BLOCKS for line in body.splitlines() if re.match(r"(python|tox|pytest) ", line)
 ]
-COMMANDS += [text for text in INLINE if re.match(r"(tox|pytest) ", text)]
+COMMANDS += [text for text in INLINE if re.match(r"(tox|pytest|fp4bench) ", text)]
+OF_FP4BENCH = re.compile(r"(tox -e fp4bench -- |fp4bench )(?=\w)")
 
 
 def is_path(text):
@@ -57,7 +61,14 @@ def pytest_help():
     ).stdout
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+@pytest.mark.parametrize("command", sorted(text for text in set(COMMANDS) if OF_FP4BENCH.match(text)))
+def test_every_command_of_fp4bench_parses(command):
+    name, *words = shlex.split(OF_FP4BENCH.sub("", command))
+    assert name in cli.COMMANDS
+    assert not words or callable(cli.parser().parse_args([name, *words]).run)
+
+
+@pytest.mark.parametrize("command", sorted(text for text in set(COMMANDS) if not OF_FP4BENCH.match(text)))
 def test_every_command_exists(command, pytest_help):
     environments = configparser.ConfigParser()
     environments.read(ROOT / "tox.ini")
@@ -84,8 +95,21 @@ def test_models_and_modes_named_are_known():
 def test_the_example_provider_is_the_one_that_is_tested():
     (shown,) = [body for language, body in FENCES if language == "python"]
     assert shown == (ROOT / "tests" / "example_provider" / "example_provider.py").read_text(encoding="utf-8")
-    (entry,) = [body for language, body in FENCES if language == "toml"]
+    (entry,) = [body for language, body in FENCES if language == "toml" and "entry-points" in body]
     assert entry in (ROOT / "tests" / "example_provider" / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_floors_table_shown_is_read(tmp_path):
+    (shown,) = [body for language, body in FENCES if language == "toml" and "floors" in body]
+    (tmp_path / "pyproject.toml").write_text(shown)
+    assert floors_table(tmp_path) == {"gemm-*-eager-*": 0.03}
+
+
+@pytest.mark.parametrize("machine", re.findall(r"<!-- spread (\S+) -->", README))
+def test_tables_of_spread_are_those_of_the_accepted_runs(machine):
+    (shown,) = re.findall(rf"<!-- spread {machine} -->\n(.*?)<!-- end -->", README, flags=re.DOTALL)
+    lines = report.spread(baselines.accepted(ROOT / "baselines" / machine, machine))
+    assert shown.strip().splitlines() == [line for line in lines if line.startswith("|")]
 
 
 def test_the_two_set_up_commands_come_first():

@@ -5,18 +5,25 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-_COMMANDS = ("machine", "providers", "accept", "report", "drill", "ab")
+COMMANDS = ("machine", "providers", "accept", "report", "drill", "ab")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    made = argparse.ArgumentParser(prog="fp4bench", description="Beside `pytest perf --benchmark-compare`.")
+    commands = made.add_subparsers(metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        import_module(f"fp4bench.cli.{name}").add_parser(commands)
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 2 for bad input, which gets one sentence."""
-    parser = argparse.ArgumentParser(prog="fp4bench", description="Beside `pytest perf --benchmark-compare`.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name in _COMMANDS:
-        import_module(f"fp4bench.cli.{name}").add_parser(commands)
-    asked = parser.parse_args(arguments)
+    asked = parser().parse_args(arguments)
     try:
         return int(asked.run(asked))
     except ValueError as error:
         sys.stderr.write(f"fp4bench: error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        return 130  # as shells call it; commands told what they had

@@ -16,14 +16,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fp4bench.cli.drill import COMMAND, RETRIES, Report, count, ended_by_sigterm, run_session, say, stopped, takes_pytest_args
+from fp4bench.cli.sessions import (
+    COMMAND,
+    EXPECTED,
+    RETRIES,
+    Report,
+    count,
+    ended_by_sigterm,
+    run_session,
+    say,
+    stopped,
+    takes_pytest_args,
+)
 from fp4bench.evidence.pairs import FEWEST_PAIRS, Comparison, Outcome, Pair, Run, compare, gaps, order, read
 from fp4bench.evidence.power import percent
 from fp4bench.evidence.report import duration
 
 PRESENT_TREE = (".", "WORKTREE")
-# pytest's exit codes: passed, some case failed, and fp4bench's own for a run whose conditions were bad.
-_EXPECTED = (0, 1, 6)
 
 
 def add_parser(commands: Any) -> None:
@@ -186,7 +195,7 @@ def measure_once(command: Sequence[str], side: Side) -> dict[str, Any]:
             stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{side.name} ({side.ref}): {stopped(code, output, 'stored no run')}") from error
-    if code not in _EXPECTED:
+    if code not in EXPECTED:
         raise ValueError(f"{side.name} ({side.ref}): {stopped(code, output)}")
     return stored
 
