@@ -20,13 +20,13 @@ KEYS = (
     *("case_id", "op", "format", "mode", "provider", "provider_version", "model", "layer", "tp", "m", "n", "k"),
     *("hadamard", "experts", "topk", "scale_rule", "flops", "bytes"),
     *("tflops", "tflops_p20", "tflops_p80", "gbps", "roofline_fraction", "speedup_vs_bf16", "error", "exact"),
-    *("clock", "l2", "pace", "gap_s", "seconds_q10", "seconds_q25", "seconds_q75", "seconds_q90", "event_seconds"),
+    *("clock", "l2", "copies", "pace", "gap_s", "seconds_q10", "seconds_q25", "seconds_q75", "seconds_q90", "event_seconds"),
     *("cycles", "cycles_q25", "cycles_q75", "sm_mhz", "sm_mhz_min"),
     *("throttle_reasons", "power_w", "temperature_c", "samples", "calls_per_sample", "kernels", "skipped", "injected"),
 )
 
 # Two measurements of a case are comparable only where these agree: the work, and how it was timed.
-COMPARABLE = ("flops", "bytes", "scale_rule", "clock", "l2", "pace")
+COMPARABLE = ("flops", "bytes", "scale_rule", "clock", "l2", "copies", "pace")
 
 # Modes whose activations have 8 bits, so that the rate of 8-bit matrix units bounds them; the others are held to 16 bits.
 _FP8_MODES = ("fp8", "w4a8")

@@ -17,6 +17,7 @@ class Measurement:
     seconds: of one call, one value a sample; a sample times `calls_per_sample` calls in a row.
     clock: "cuda_graph_stamps", "cuda_graph_events", "cuda_events" or "perf_counter".
     l2: where the operands lie when a call starts: "cold" (they rotate), "cold_flush" (the cache was overwritten) or "warm".
+    copies: of the operands.
     pace: "paced" or "sustained". gap_seconds: the rest before each sample.
     cycles, sm_mhz: SM cycles of one call and the SMs' mean clock, by sample; None without clock stamps.
     event_seconds: the same samples by CUDA events, a cross-check; they include the launch of the graph.
@@ -27,6 +28,7 @@ class Measurement:
     calls_per_sample: int
     clock: str
     l2: str
+    copies: int = 1
     pace: str = "paced"
     gap_seconds: float = 0.0
     cycles: tuple[float, ...] | None = None

@@ -53,7 +53,8 @@ class CudaClock:
         del once
         readings, gap = take(graph.read, self._pace)
         l2 = "warm" if self._warm else "cold" if flush is None else "cold_flush"
-        return replace(self._measurement(readings, graph.calls, l2), gap_seconds=gap, kernels=kernels_of(calls[0]))
+        timed = self._measurement(readings, graph.calls, l2)
+        return replace(timed, copies=len(calls), gap_seconds=gap, kernels=kernels_of(calls[0]))
 
     def _measurement(self, readings: Sequence[Reading], calls: int, l2: str) -> Measurement:
         stamped = stamps_available()
@@ -104,7 +105,7 @@ class CudaClock:
         readings, gap = take(read, self._pace)
         l2 = "warm" if self._warm else "cold_flush"
         seconds = tuple(r.seconds for r in readings)
-        return Measurement(seconds, 1, "cuda_events", l2, self._pace.name, gap)
+        return Measurement(seconds, 1, "cuda_events", l2, pace=self._pace.name, gap_seconds=gap)
 
 
 def _not_capturable(error: RuntimeError) -> bool:

@@ -19,16 +19,17 @@ L2_TIMES = 3
 MOST_COPIES = 32
 
 
-# Operands up to a quarter of a GiB get no fewer copies than this: where one lies changes its time by percents (NVIDIA H200),
-# and the mean over several changes less.
-PLACEMENTS = 4
+# At least so many copies of operands up to so many bytes. Where one lies changes its time by percents, and the mean over
+# several changes less. And a single copy near 1 GB is read in one of two times, 8 % apart (BF16 at m = 1, NVIDIA H200), as if
+# address translation just held it or just did not; several are always beyond.
+_PLACEMENTS = ((1 << 29, 4), (1 << 32, 2))
 
 
 def copies_needed(bytes_touched: int, l2_bytes: int) -> int:
     """How many copies of a case's operands keep it cold by rotation; 1 if one call alone does, or if no rotation can."""
     if must_flush(bytes_touched, l2_bytes):
         return 1
-    fewest = PLACEMENTS if bytes_touched <= 1 << 28 else 1
+    fewest = next((copies for limit, copies in _PLACEMENTS if bytes_touched <= limit), 1)
     return max(fewest, -(-L2_TIMES * l2_bytes // bytes_touched))
 
 

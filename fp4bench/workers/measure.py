@@ -133,6 +133,7 @@ class Measurer:
         facts = case.facts() | {
             "clock": measured.clock,
             "l2": measured.l2,
+            "copies": measured.copies,
             "pace": measured.pace,
             "gap_s": measured.gap_seconds,
             "calls_per_sample": measured.calls_per_sample,

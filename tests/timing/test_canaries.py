@@ -46,12 +46,10 @@ def test_ceilings_are_rates_of_the_work_over_its_time():
 
 def test_the_canaries_of_a_cpu_do_the_work_that_they_count():
     made = {canary.name: canary for canary in canaries(CPU)}
-    assert list(made) == ["bf16", "copy", "launches"]
+    assert list(made) == ["bf16", "copy"]
     product = made["bf16"].call()
     assert made["bf16"].flops == 2 * product.shape[0] * product.shape[1] * product.shape[0]
     assert made["copy"].bytes == 2 * made["copy"].call().nbytes
-    assert (made["launches"].flops, made["launches"].bytes) == (0, 0)
-    made["launches"].call()
 
 
 def test_a_canary_is_the_same_work_in_each_call():
@@ -63,11 +61,10 @@ def test_a_canary_is_the_same_work_in_each_call():
 
 
 def test_only_devices_with_fp8_have_its_canary(monkeypatch):
-    names = [canary.name for canary in canaries(CPU)]
-    assert "fp8" not in names
+    assert "fp8" not in [canary.name for canary in canaries(CPU)]
     monkeypatch.setattr("fp4bench.timing.canaries._fp8_product", lambda side, device: SimpleNamespace(name="fp8"))
     hopper = replace(CPU, capability=(9, 0))
-    assert [canary.name for canary in canaries(hopper)] == [*names, "fp8"]
+    assert "fp8" in [canary.name for canary in canaries(hopper)]
 
 
 def test_the_clock_of_canaries_is_brief_and_leaves_that_of_cases_alone():

@@ -15,8 +15,10 @@ def test_a_call_meets_its_operands_again_only_after_three_times_the_l2(bytes_tou
 
 
 def test_large_operands_are_copied_no_more_than_placement_needs():
-    assert copies_needed(4 << 30, L2) == 1
-    assert not must_flush(4 << 30, L2)
+    assert copies_needed(300 << 20, L2) == 4
+    assert copies_needed(1 << 30, L2) == 2  # beyond what address translation holds
+    assert copies_needed(5 << 30, L2) == 1
+    assert not must_flush(5 << 30, L2)
 
 
 def test_tiny_operands_are_not_copied_by_the_thousand():
