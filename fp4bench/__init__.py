@@ -4,4 +4,4 @@ Public names live in the modules: `fp4bench.formats`, `fp4bench.quantize`, `fp4b
 `fp4bench.problems`, `fp4bench.providers`. Importing fp4bench imports nothing else.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -7,6 +7,7 @@ process reads (`--inject`), and the verdicts come back in another (`--verdicts`)
 import argparse
 import json
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -240,6 +241,8 @@ class Drill:
             "tallies": counted,
             "objections": found,
         }
+        # No path of this machine.
+        asked["command"] = ["python" if word == sys.executable else word for word in self.command]
         self.report.write(asked | results)
 
 

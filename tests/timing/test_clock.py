@@ -93,6 +93,19 @@ def test_rotation_keeps_operands_out_of_the_l2(cuda_clock):
 
 
 @pytest.mark.gpu
+def test_sustained_timing_rests_nowhere():
+    import torch
+
+    x = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    y = torch.empty_like(x)
+    calls = [lambda: torch.mm(x, x, out=y)]
+    paced, sustained = (clock_for(find_device("cuda"), pace).measure(calls, 3 * x.nbytes) for pace in ("paced", "sustained"))
+    assert (paced.pace, sustained.pace, sustained.gap_seconds) == ("paced", "sustained", 0.0)
+    # At the power limit it is slower, or there is none to reach.
+    assert middle(sustained.seconds) > 0.98 * middle(paced.seconds)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("size", [1 << 12, 1 << 28])  # overwritten L2; large operands
 @pytest.mark.parametrize("slowdown", [0.05, 0.5])
 def test_a_drill_slows_down_by_what_it_says(cuda_clock, size, slowdown):
