@@ -180,14 +180,13 @@ class Suite:
             for item in items:
                 options.check_floor(item)
         except ValueError as error:
-            self.broken = error  # pytest finishes the collection all the same
             raise pytest.UsageError(f"fp4bench: {error}") from error
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         found = [(str(case), item) for item in session.items if (case := case_of(item))]
         self.item_of = dict(found)
         self.tally.selected = set(self.item_of)
-        if self.config.option.collectonly or self.broken or not found:
+        if self.config.option.collectonly or not found:
             return
         try:
             if len(found) > len(self.item_of):
@@ -390,6 +389,7 @@ class Suite:
             terminalreporter.write_line(f"fp4bench: {note}")
 
     def pytest_unconfigure(self) -> None:
+        # Also where the collection ended in an error, which pytest tells us nothing of.
         if "run" in self.__dict__:
             self.run.close()
 
