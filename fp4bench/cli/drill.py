@@ -266,6 +266,8 @@ def judge_once(command: Sequence[str], plan: Mapping[str, float]) -> dict[str, A
             raise ValueError(stopped(code, output, "wrote no verdicts")) from error
     if code not in EXPECTED:
         raise ValueError(stopped(code, output))
+    if outcome == "not_judged":
+        raise ValueError(stopped(code, output, "judged nothing"))
     if outcome == "no_baseline":
         raise ValueError(
             "this machine has no accepted baseline for a drill: record runs and accept them with `fp4bench accept`"

@@ -54,8 +54,8 @@ if scenario == "dropped":
     cases = {case: found for case, found in cases.items() if not (plan and case == "case-09")}
 outcome, code = ("regressed", 1) if any(v["outcome"] in ("REGRESSED", "MISSING") for v in cases.values()) else ("ok", 0)
 invalid = []
-if scenario == "no_baseline":
-    outcome, code, cases = "no_baseline", 0, {}
+if scenario in ("no_baseline", "not_judged"):
+    outcome, code, cases = scenario, 0, {}
 if scenario == "invalid" or (scenario == "invalid-once" and number == 1):
     outcome, code, invalid = "invalid", 6, ["another process keeps the GPU busy"]
     cases = {case: found | {"outcome": "INVALID"} for case, found in cases.items()}
@@ -231,6 +231,11 @@ def test_a_session_without_verdicts_is_never_a_pass(gate):
 def test_without_a_baseline_there_is_nothing_to_drill(gate):
     with pytest.raises(ValueError, match=r"no accepted baseline.*fp4bench accept"):
         gate("no_baseline")
+
+
+def test_a_session_that_judged_nothing_is_never_a_pass(gate):
+    with pytest.raises(ValueError, match="exit code 0 and judged nothing"):
+        gate("not_judged", "--alarms", "3")
 
 
 def test_too_few_cases_for_the_share(gate):
