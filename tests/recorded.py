@@ -14,7 +14,7 @@ MACHINE = "NVIDIA-H200"
 CASES = tuple(
     f"gemm-mxfp4-w4a16-example-llama3.3-70b.{layer}.tp1-m{m}" for layer in ("qkv", "o", "gate_up") for m in (1, 16, 64, 256)
 )
-ALIKE = dict(zip(COMPARABLE, (2_000_000, 1_000_000, "floor", "cuda_graph_stamps", "cold", "paced"), strict=True))
+ALIKE = dict(zip(COMPARABLE, (2_000_000, 1_000_000, "floor", "cuda_graph_stamps", "cold", 4, "paced"), strict=True))
 
 
 def timing(seconds, *, cycles=None, fastest=None, mhz=1800.0, **changes):
@@ -29,8 +29,8 @@ def cpu_timing(seconds, fastest=None, **changes):
     return Timing(seconds, 0.9 * seconds if fastest is None else fastest, record)
 
 
-def baseline(*runs, sessions=None):
-    """A baseline of runs given as {case id: Timing}, each in a session of its own unless said."""
+def baseline(*runs, sessions=None, card="GPU-1"):
+    """A baseline of runs given as {case id: Timing}, for a run of GPU-1: its runs too unless said, each on a day of its own."""
     sessions = sessions or [f"GPU-1 2026-11-{day:02}" for day in range(1, len(runs) + 1)]
     return Baseline(
         tuple(
@@ -43,12 +43,13 @@ def baseline(*runs, sessions=None):
                 dict(cases),
             )
             for i, (cases, s) in enumerate(zip(runs, sessions, strict=True), start=1)
-        )
+        ),
+        card,
     )
 
 
 def stored_run(number=1, *, day=None, deviation=0.001, seed=0, cases=CASES, **info):
-    """A run of an H200 as JSON. Runs of different numbers differ by chance, `deviation` being the standard deviation."""
+    """A run of GPU-1, an H200, as JSON. Runs of different numbers differ by chance with this standard deviation."""
     noise = np.random.default_rng((seed, number)).normal(0, deviation, (2, len(cases)))
     day = number if day is None else day
     benches = []

@@ -38,7 +38,7 @@ class StoredRun:
 
     @property
     def session(self) -> str:
-        """The card and day of the run: the unit of replication."""
+        """The card and day of the run: runs of one day do not show how days differ."""
         return str(self.info["session"])
 
 
@@ -73,18 +73,23 @@ class Baseline:
         return self.cases[case_id][-1][1]
 
     @property
-    def sessions(self) -> tuple[str, ...]:
-        """The sessions of the runs, oldest first."""
-        return tuple(dict.fromkeys(run.session for run in self.runs))
+    def cards(self) -> tuple[str, ...]:
+        """The cards of the runs, each once, oldest first."""
+        return tuple(dict.fromkeys(card_of(run.session) for run in self.runs))
 
     @property
     def label(self) -> str:
-        """`0001_first..0006_night (6 runs, 3 sessions)`, or the one run's name."""
+        """`0001_first..0006_night (6 runs, 3 cards)`, or the one run's name."""
         if len(self.runs) == 1:
             return self.runs[0].name
-        sessions = len(self.sessions)
-        spelled = f"{sessions} session{'s' if sessions > 1 else ''}"
+        cards = len(self.cards)
+        spelled = f"{cards} card{'s' if cards > 1 else ''}"
         return f"{self.runs[0].name}..{self.runs[-1].name} ({len(self.runs)} runs, {spelled})"
+
+
+def card_of(session: str) -> str:
+    """The card (a CPU: the machine) of a session, which is named by card and date."""
+    return session.rpartition(" ")[0]
 
 
 def _newest_stretch(history: list[tuple[str, Timing]]) -> tuple[tuple[str, Timing], ...]:

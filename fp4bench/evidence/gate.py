@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import exp, fsum, log
+from statistics import variance
 
 from fp4bench.evidence import statistics
 from fp4bench.evidence.baselines import Baseline, Timing, not_comparable
@@ -28,8 +29,9 @@ def judge_run(
     """A verdict for each case of `now`, then MISSING ones.
 
     A case is REGRESSED only if it is slower by more than half its floor in each repetition too, by both witnesses, and if the
-    mean of all looks passes the rule that the first look had to pass: a busy machine slows seconds of a run, a slower kernel
-    all of it. `measure_again` times the given cases in one fresh process; a string is the error of a case that failed there.
+    mean of all looks passes the rule that the first look had to pass, the case not being taken to scatter less than its looks
+    do: a busy machine slows seconds of a run, a slower kernel all of it, and a baseline of few runs does not know its noisy
+    cases. `measure_again` times the given cases in one fresh process; a string is the error of a case that failed there.
     """
     first = judge(baseline, now, policy, floors, expected)
     suspects = _suspects(first, {c: floors.get(c, policy_of(policy, timing).floor) for c, timing in now.items()})
@@ -51,7 +53,9 @@ def judge_run(
                 decided[case_id] = verdict
     if not rounds:
         return first
-    again = judge(baseline, dict(now) | {c: _mean(looks[c]) for c in suspects if c not in decided}, policy, floors, expected)
+    open_ = [c for c in suspects if c not in decided]
+    seen = {c: _variances(baseline, c, looks[c]) for c in open_}
+    again = judge(baseline, dict(now) | {c: _mean(looks[c]) for c in open_}, policy, floors, expected, seen)
     for case_id in suspects:
         if case_id not in decided:
             decided[case_id] = _conclude(baseline, case_id, first[case_id], again[case_id], looks[case_id])
@@ -106,6 +110,12 @@ def _so_far(baseline: Baseline, case_id: str, looks: list[Timing]) -> str:
     times = ", ".join(f"{statistics.to_share(e.time):+.1%}" for e in found)
     seconds = ", ".join(f"{statistics.to_share(e.second):+.1%}" for e in found)
     return f"{len(looks)} look{'s' if len(looks) > 1 else ''} {times} ({found[0].witness} {seconds})"
+
+
+def _variances(baseline: Baseline, case_id: str, looks: list[Timing]) -> tuple[float, float]:
+    """Of time and of the second witness, between two or more looks."""
+    found = [effects(baseline, case_id, look) for look in looks]
+    return variance(e.time for e in found), variance(e.second for e in found)
 
 
 def _joined(*parts: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fp4bench.evidence import statistics
 from fp4bench.evidence.baselines import Baseline, Timing
+from fp4bench.evidence.baselines import card_of as card_of
 from fp4bench.evidence.statistics import Prior, Spread
 
 # A variance with fewer degrees of freedom than this is not known.
@@ -71,6 +72,7 @@ class _History:
     cycles: Spread | None
     log_mhz: float | None
     on_card: bool  # compared with runs of its own card
+    days: int  # of those runs
 
     def spread(self, witness: str) -> Spread:
         if witness == "cycles":
@@ -94,15 +96,16 @@ def _history(runs: tuple[tuple[str, Timing], ...], card: str | None) -> _History
 
     timings = [timing for _, timing in runs]
     cycles: list[Any] = [timing.record.get("cycles") for timing in timings]
-    own = [timing for session, timing in runs if card_of(session) == card]
-    mhz: list[Any] = [timing.record.get("sm_mhz") for timing in own or timings]
+    mhz: list[Any] = [timing.record.get("sm_mhz") for timing in timings]
+    own = {session for session, _ in runs if card_of(session) == card}
     return _History(
         timings[-1].record.get("clock"),
         spread(timing.median for timing in timings),
         spread(timing.fastest for timing in timings),
         spread(cycles) if all(cycles) else None,
-        sum(map(log, mhz)) / len(mhz) if all(mhz) else None,
+        spread(mhz).mean if all(mhz) else None,
         bool(own),
+        len(own),
     )
 
 
@@ -118,7 +121,7 @@ def moderated(baseline: Baseline, case_id: str, witness: str, allowance: float, 
     """A case's spread with what is known beside its own runs: the other cases, or, of few runs, an allowance.
 
     Standard deviations as shares: allowance, of one run on a card; card_allowance, of one card; drift, of a card between days,
-    which runs of one day do not show and which is added.
+    which runs of one day do not show and which is added where runs of one card are compared.
     """
     history = _histories(baseline)[case_id]
     own = history.spread(witness)
@@ -130,14 +133,18 @@ def moderated(baseline: Baseline, case_id: str, witness: str, allowance: float, 
         assumed = statistics.moderate(own, Prior(usual**2, _ALLOWANCE_FREEDOM_LATER if enough else _ALLOWANCE_FREEDOM))
         # An assumption may not vouch for a case that is seen to scatter more.
         found = replace(assumed, variance=max(assumed.variance, own.variance))
-    return replace(found, variance=found.variance + statistics.to_log(drift) ** 2)
+    if not history.on_card:
+        return found
+    # The new run has a day of its own, and the mean as many as the card's runs have: a share that more runs of a day keep.
+    share = (1 + 1 / history.days) / (1 + 1 / own.units)
+    return statistics.with_more(found, Prior(share * statistics.to_log(drift) ** 2, _ALLOWANCE_FREEDOM))
+
+
+def has_own_runs(baseline: Baseline, case_id: str) -> bool:
+    """Whether a case is compared with runs of its own card, and not with those of other cards."""
+    return _histories(baseline)[case_id].on_card
 
 
 def is_provisional(baseline: Baseline, case_id: str) -> bool:
-    """Whether a case's noise is still assumed: it has too few runs, on its card or on cards at all."""
+    """Whether a case's noise is still assumed: too few runs show how runs of a card differ, or too few cards how cards do."""
     return _histories(baseline)[case_id].time.freedom < ENOUGH_FREEDOM
-
-
-def card_of(session: str) -> str:
-    """The card (a CPU: the machine) of a session, which is named by card and date."""
-    return session.rpartition(" ")[0]

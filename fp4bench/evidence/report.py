@@ -120,16 +120,26 @@ def _kernel_changes(baseline: Baseline, now: Mapping[str, Timing]) -> str:
 
 def _trust(baseline: Baseline, now: Mapping[str, Timing], verdicts: Mapping[str, Verdict], policy: Policies) -> str:
     """What the baseline stands on, and how many cases it cannot judge."""
-    compared = [(case_id, verdict.mde) for case_id, verdict in verdicts.items() if verdict.mde is not None and case_id in now]
+    both = now.keys() & baseline.cases.keys()
+    compared = [(c, verdict.mde) for c, verdict in verdicts.items() if c in both and verdict.mde is not None]
     blind = [case_id for case_id, mde in compared if mde > policy_of(policy, now[case_id]).blind]
     cards = [card_of(run.session) for run in baseline.runs]
     text = f"the baseline has {_plural(len(cards), 'run')} of {_plural(len(set(cards)), 'card')}"
-    text += f", {cards.count(baseline.card)} of this one" if baseline.card in cards else ", none of this one: cards differ"
-    if any(is_provisional(baseline, case_id) for case_id, _ in compared):
-        text += "; provisional: noise is assumed, not measured, until a card has four accepted runs, or four cards two"
+    known = baseline.card in cards
+    text += f", {sum(card == baseline.card for card in cards)} of this one" if known else ", none of this one: cards differ"
+    if young := [case_id for case_id, _ in compared if is_provisional(baseline, case_id)]:
+        some = "" if len(young) == len(compared) else f" for {_cases(len(young))}"
+        text += f"; provisional{some}: {_UNTIL_KNOWN if known else _UNTIL_CARDS_ARE_KNOWN}"
     if blind:
-        text += f"; {len(blind)} of {_cases(len(compared))} are blind to small slowdowns (fp4bench report --spread names them)"
+        verb = "is" if len(blind) == 1 else "are"
+        text += f"; {len(blind)} of {_cases(len(compared))} {verb} blind to small slowdowns"
+        text += " (fp4bench report --spread names them)"
     return text
+
+
+# As ENOUGH_FREEDOM has it.
+_UNTIL_KNOWN = "how runs differ is assumed, not measured, until one card has four accepted runs or three cards have two each"
+_UNTIL_CARDS_ARE_KNOWN = "how cards differ is assumed, not measured, until four cards have accepted runs or this one has"
 
 
 def _acceptance(verdicts: Mapping[str, Verdict], stored: str | None) -> list[str]:
@@ -164,6 +174,7 @@ _TITLES = {
     "regressed": "regressed",
     "invalid": "the run is invalid, and nothing was judged",
     "no_baseline": "this machine has no baseline, so nothing was compared",
+    "not_judged": "the run was stopped, and nothing was judged",
 }
 
 
@@ -284,8 +295,13 @@ def accepted_runs(baseline: Baseline) -> list[str]:
 
 
 def before_after(baseline: Baseline | None, runs: Sequence[StoredRun], most: int = 20) -> list[str]:
-    """What accepting runs changes: each case's mean before and in these runs, the largest changes first."""
-    after = Baseline(tuple(runs))
+    """What accepting runs changes: each case's mean before and in these runs, the largest changes first.
+
+    Runs of one card are compared with those of that card, where there are any.
+    """
+    after, cards = Baseline(tuple(runs)), {card_of(run.session) for run in runs}
+    if baseline and len(cards) == 1:
+        baseline = baseline.on(*cards)
     if baseline is None:
         return [f"the first baseline of this machine: {_cases(len(after.cases))} in {_plural(len(runs), 'run')}"]
     both = [case_id for case_id in after.cases if case_id in baseline.cases]

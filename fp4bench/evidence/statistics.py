@@ -1,4 +1,4 @@
-"""What the accepted runs of a case say of the next one: variances of runs and sessions, shared across cases; Holm; power.
+"""What the accepted runs of a case say of the next one: variances of runs and cards, shared across cases; Holm; power.
 
 All values are natural logarithms of seconds or cycles: a difference of 0.02 is a change of 2 %, and slower mirrors faster.
 The unit of replication is the run (one process) on a card; samples of one run replicate nothing. Cards of one model differ by
@@ -64,8 +64,9 @@ def across_cards(cards: Iterable[Sequence[float]]) -> Spread:
 
     Method of moments of a one-way random-effects layout with unequal group sizes, on unweighted card means: their mean square
     estimates between + within * mean(1 / runs), that of runs around their card's mean estimates within. `variance` is
-    between + within, a negative estimate of between taken as 0; its freedom is Satterthwaite's. With one card `between` is
-    unknown, and `variance` the part within alone: a lower bound, to be moderated.
+    between + within, a negative estimate of between taken as 0. Its freedom is that of the cards' means: Satterthwaite's would
+    be more, but two cards that happen to agree, however often they ran, say little of a third. Of one card it is 0, and
+    `variance` the part within alone: a lower bound, to be moderated.
     """
     groups = [list(group) for group in cards]
     if not groups or not all(groups):
@@ -74,16 +75,9 @@ def across_cards(cards: Iterable[Sequence[float]]) -> Spread:
     mean = sum(means) / len(means)
     inner, outer = sum(map(len, groups)) - len(groups), len(groups) - 1
     within = _squares(groups) / inner if inner else 0.0
-    if not outer:
-        return Spread(mean, within, inner, 1)
-    of_means = sum((m - mean) ** 2 for m in means) / outer
+    of_means = _squares([means]) / outer if outer else 0.0
     share = sum(1 / len(group) for group in groups) / len(groups)
-    if of_means < share * within:
-        return Spread(mean, within, inner, len(groups))
-    rest = (1 - share) * within
-    variance = of_means + rest
-    doubt = of_means**2 / outer + (rest**2 / inner if inner else 0.0)
-    return Spread(mean, variance, variance**2 / doubt if doubt else outer, len(groups))
+    return Spread(mean, max(of_means + (1 - share) * within, within), outer, len(groups))
 
 
 def _squares(groups: Iterable[Sequence[float]]) -> float:
@@ -133,6 +127,13 @@ def moderate(own: Spread, prior: Prior) -> Spread:
     freedom = weight + own.freedom
     variance = (weight * prior.variance + own.freedom * own.variance) / freedom if freedom else prior.variance
     return replace(own, variance=max(variance, _LEAST_VARIANCE), freedom=min(max(freedom, 1.0), _MOST_FREEDOM))
+
+
+def with_more(spread: Spread, more: Prior) -> Spread:
+    """The spread with a further, independent variance on top; the freedom of the sum is Satterthwaite's."""
+    variance = spread.variance + more.variance
+    doubt = spread.variance**2 / spread.freedom + more.variance**2 / more.freedom
+    return replace(spread, variance=variance, freedom=min(variance**2 / doubt, _MOST_FREEDOM))
 
 
 def standard_error(spread: Spread) -> float:

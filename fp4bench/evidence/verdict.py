@@ -13,7 +13,7 @@ import numpy as np
 
 from fp4bench.evidence import statistics
 from fp4bench.evidence.baselines import Baseline, Timing, not_comparable
-from fp4bench.evidence.histories import Effects, changed_kernels, effects, mean_mhz, moderated
+from fp4bench.evidence.histories import Effects, changed_kernels, effects, has_own_runs, mean_mhz, moderated
 from fp4bench.evidence.statistics import Spread
 
 
@@ -69,6 +69,7 @@ Policies = Policy | Mapping[str, Policy]
 
 _NO_FLOORS: Mapping[str, float] = MappingProxyType({})
 _NOTHING_EXPECTED: Mapping[str, str] = MappingProxyType({})
+_NOTHING_SEEN: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,21 @@ def judge(
     policy: Policies,
     floors: Mapping[str, float] = _NO_FLOORS,
     expected: Mapping[str, str] = _NOTHING_EXPECTED,
+    seen: Mapping[str, tuple[float, float]] = _NOTHING_SEEN,
 ) -> dict[str, Verdict]:
     """A verdict for each case of `now`, in its order, then MISSING ones. Holm's correction is over all that can be compared.
 
     floors: a floor of its own for some cases. expected: cases that belong to this run and are not in `now`, with the reason;
-    those that the baseline holds are MISSING.
+    those that the baseline holds are MISSING. seen: by case, the variance of time and of the second witness between processes
+    of this run, where it was measured more than once; a case is not taken to scatter less than that.
     """
     verdicts: dict[str, Verdict | None] = {}
     questions: list[_Question] = []
     for case_id, timing in now.items():
         verdicts[case_id] = _new(baseline, case_id, timing)
         if verdicts[case_id] is None:
-            questions.append(_question(baseline, case_id, timing, policy_of(policy, timing), floors))
+            question = _question(baseline, case_id, timing, policy_of(policy, timing), floors)
+            questions.append(_scattering(question, seen[case_id]) if case_id in seen else question)
     verdicts |= {question.case_id: verdict for question, verdict in zip(questions, _answers(questions), strict=True)}
     for case_id, why in expected.items():
         if case_id not in now and case_id in baseline.cases:
@@ -155,6 +159,7 @@ class _Question:
     alpha: float
     kernels: str  # how they changed, or nothing
     mhz: tuple[float, float] | None
+    own: bool  # compared with runs of its own card
 
 
 def _new(baseline: Baseline, case_id: str, timing: Timing) -> Verdict | None:
@@ -171,7 +176,16 @@ def _question(baseline: Baseline, case_id: str, timing: Timing, policy: Policy, 
     before = mean_mhz(baseline, case_id)
     mhz = (before, timing.record["sm_mhz"]) if before and found.clock is not None else None
     kernels = changed_kernels(baseline.newest(case_id).record, timing.record)
-    return _Question(case_id, found, (spreads[0], spreads[1]), floor_of(case_id, policy, floors), policy.alpha, kernels, mhz)
+    floor, own = floor_of(case_id, policy, floors), has_own_runs(baseline, case_id)
+    return _Question(case_id, found, (spreads[0], spreads[1]), floor, policy.alpha, kernels, mhz, own)
+
+
+def _scattering(question: _Question, seen: tuple[float, float]) -> _Question:
+    time, second = (
+        replace(spread, variance=max(spread.variance, variance))
+        for spread, variance in zip(question.spreads, seen, strict=True)
+    )
+    return replace(question, spreads=(time, second))
 
 
 def _answers(questions: Sequence[_Question]) -> list[Verdict]:
@@ -251,6 +265,8 @@ def _clocks(q: _Question) -> str:
 def _remedy(q: _Question, threshold: tuple[float, ...], tail: float) -> str:
     """What it would take to decide a change of this size."""
     counts = f"a change counts here from {statistics.to_share(max(threshold)):.1%} on"
+    if not q.own:
+        return f"{counts}, for no accepted run is of this card, and cards differ: accept one of it, or try fp4bench ab"
     size = min(abs(q.effects.time), abs(q.effects.second))
     needed = [statistics.units_needed(spread, size, tail, q.floor) for spread in q.spreads]
     if any(more is None for more in needed):

@@ -51,7 +51,7 @@ def machine_info(device: Device) -> dict[str, Any]:
 
 
 def session(machine_info: Mapping[str, Any], now_utc: datetime) -> str:
-    """The unit of replication: runs of one card (a CPU: of one machine key) on one day in UTC have the same.
+    """Which runs share card and day: runs of one card (a CPU: of one machine key) on one day in UTC have the same.
 
     Raises ValueError for a time without a time zone.
     """

@@ -6,7 +6,7 @@ import time
 import pytest
 from recorded import CASES, MACHINE, edited, stored_run, write
 
-from fp4bench.evidence.baselines import BaselineError, accepted, find, load
+from fp4bench.evidence.baselines import BaselineError, accepted, card_of, find, load
 from fp4bench.evidence.record import FORMAT
 
 
@@ -107,8 +107,26 @@ def test_all_accepted_runs_are_the_baseline_in_order_of_their_numbers(tmp_path):
     assert [run.name for run in baseline.runs] == ["0001_z", "0002_z", "0010_z"]
     assert [session for session, _ in baseline.cases[CASES[0]]] == ["GPU-1 2026-11-01", "GPU-1 2026-11-02", "GPU-1 2026-11-02"]
     assert baseline.newest(CASES[0]) is baseline.runs[-1].cases[CASES[0]]
-    assert len(baseline.sessions) == 2
-    assert baseline.label == "0001_z..0010_z (3 runs, 2 sessions)"
+    assert baseline.cards == ("GPU-1",)
+    assert baseline.label == "0001_z..0010_z (3 runs, 1 card)"
+
+
+def test_runs_of_several_cards_are_one_baseline_for_a_run_of_any(tmp_path):
+    for number, card in ((1, "GPU-2"), (2, "GPU-1"), (3, "GPU-2")):
+        write(tmp_path / f"{number:04}_z.json", stored_run(number, session=f"{card} 2026-11-01"))
+    baseline = accepted(tmp_path, MACHINE)
+    assert baseline.cards == ("GPU-2", "GPU-1")
+    assert baseline.label == "0001_z..0003_z (3 runs, 2 cards)"
+    assert baseline.card is None
+    here = baseline.on("GPU-1")
+    assert (here.card, here.runs, here.cases) == ("GPU-1", baseline.runs, baseline.cases)
+
+
+@pytest.mark.parametrize(
+    ("session", "card"), [("GPU-1 2026-11-01", "GPU-1"), ("an odd cpu 2026-11-01", "an odd cpu"), ("s", "")]
+)
+def test_the_card_of_a_session(session, card):
+    assert card_of(session) == card
 
 
 def test_a_case_that_some_runs_hold_is_in_the_baseline(tmp_path):

@@ -76,7 +76,29 @@ def test_an_undecided_case_gets_its_second_looks(gate):
     # Noise of 1 %: 3 % is not significant in one look, and the mean of the looks is.
     assert run({"a": 1.03}, {}, replace(POLICY, repetitions=0), sd=0.01)["a"].outcome is Outcome.INCONCLUSIVE
     assert log == []
-    assert run({"a": 1.03}, {"a": [1.09, 1.09, 1.09]}, sd=0.01)["a"].outcome is Outcome.REGRESSED
+    assert run({"a": 1.03}, {"a": [1.045, 1.045, 1.045]}, sd=0.01)["a"].outcome is Outcome.REGRESSED
+
+
+def test_looks_that_differ_more_than_accepted_runs_do_confirm_nothing(gate):
+    run, _ = gate
+    # Each is slower than half the floor, their mean is beyond anything that six runs of 0.1 % would have by chance.
+    verdict = run({"a": 1.04}, {"a": [1.01, 1.03, 1.06]})["a"]
+    assert (verdict.outcome, verdict.reason) == (Outcome.INCONCLUSIVE, "not_significant")
+    assert "mean of 4 looks +4.0%, +1.0%, +3.0%, +6.0%" in verdict.detail
+    assert run({"a": 1.04}, {"a": [1.037, 1.035, 1.039]})["a"].outcome is Outcome.REGRESSED
+
+
+def test_cycles_that_differ_between_looks_confirm_nothing(gate):
+    run, _ = gate
+    looks = [timing(1.04, cycles=1800e6 * factor) for factor in (1.01, 1.03, 1.06)]
+    assert run({"a": 1.04}, {"a": looks})["a"].outcome is Outcome.INCONCLUSIVE
+
+
+def test_one_repetition_shows_a_scatter_too(gate):
+    run, _ = gate
+    once = replace(POLICY, repetitions=1)
+    assert run({"a": 1.04}, {"a": [1.04]}, once)["a"].outcome is Outcome.REGRESSED
+    assert run({"a": 1.04}, {"a": [1.006]}, once)["a"].outcome is Outcome.INCONCLUSIVE
 
 
 def test_an_undecided_case_that_stays_so_says_its_looks(gate):

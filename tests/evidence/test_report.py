@@ -9,7 +9,7 @@ from recorded import CASES, MACHINE, baseline, stored_run, timing, timings, writ
 from fp4bench.evidence import report
 from fp4bench.evidence.baselines import accepted, parse
 from fp4bench.evidence.histories import mean_seconds
-from fp4bench.evidence.verdict import POLICIES, Outcome, Verdict, invalid, judge
+from fp4bench.evidence.verdict import POLICIES, Outcome, Verdict, detectable, invalid, judge
 
 STAMPS = POLICIES["cuda_graph_stamps"]
 
@@ -33,7 +33,7 @@ def test_durations_have_four_digits_and_a_fitting_unit(seconds, text):
 def six_runs(tmp_path):
     for number in range(1, 7):
         write(tmp_path / f"{number:04}_night.json", stored_run(number, day=(number + 1) // 2))
-    return accepted(tmp_path, MACHINE)
+    return accepted(tmp_path, MACHINE).on("GPU-1")
 
 
 def verdict(outcome, change=None, **more):
@@ -71,7 +71,7 @@ def test_a_summary_begins_with_counts_and_lists_the_worst_first(six_runs):
     verdicts = {c: verdict(kind, change) for (c, change), kind in zip(changes.items(), kinds, strict=True)}
     verdicts["gone"] = verdict(Outcome.MISSING, detail="skipped: out of memory")
     lines = summary(six_runs, now, verdicts)
-    assert lines[0] == "2 REGRESSED, 1 MISSING, 1 FASTER, 1 SAME against 0001_night..0006_night (6 runs, 3 sessions)"
+    assert lines[0] == "2 REGRESSED, 1 MISSING, 1 FASTER, 1 SAME against 0001_night..0006_night (6 runs, 1 card)"
     text = "\n".join(lines)
     assert text.index("REGRESSED:") < text.index(CASES[1]) < text.index(CASES[0] + " ") < text.index("MISSING:")
     assert CASES[3] not in text
@@ -124,16 +124,49 @@ def test_nothing_changed_says_nothing(six_runs):
 def test_a_young_baseline_is_provisional(six_runs):
     young = baseline({"a": timing(1.0)}, {"a": timing(1.0)})
     text = "\n".join(summary(young, {"a": timing(1.0)}, judge(young, {"a": timing(1.0)}, STAMPS)))
-    assert "2 runs of 2 sessions, provisional" in text
+    assert "the baseline has 2 runs of 1 card, 2 of this one; provisional: how runs differ is assumed, not measured" in text
     now = timings(stored_run(7))
-    assert not any("provisional" in line for line in summary(six_runs, now, judge(six_runs, now, STAMPS)))
+    text = "\n".join(summary(six_runs, now, judge(six_runs, now, STAMPS)))
+    assert "the baseline has 6 runs of 1 card, 6 of this one" in text
+    assert "provisional" not in text
+
+
+def test_a_run_of_an_unknown_card_is_said_to_be_one(six_runs):
+    now, unknown = timings(stored_run(7)), six_runs.on("GPU-9")
+    text = "\n".join(summary(unknown, now, judge(unknown, now, STAMPS)))
+    assert "6 runs of 1 card, none of this one: cards differ; provisional: how cards differ is assumed, not measured" in text
+
+
+def test_cases_that_are_younger_than_the_baseline_are_counted_as_provisional():
+    old, young = {"a": timing(1.0), "b": timing(1.0)}, {"c": timing(1.0)}
+    before = baseline(old, old, old, old | young)
+    text = "\n".join(summary(before, old | young, judge(before, old | young, STAMPS)))
+    assert "; provisional for 1 case: how runs differ" in text
+
+
+@pytest.mark.parametrize(
+    ("sessions", "card", "provisional"),
+    [
+        (["A 1", "A 1", "A 2"], "A", True),
+        (["A 1", "A 1", "A 2", "A 2"], "A", False),
+        (["A 1", "A 1", "B 1", "B 1"], "A", True),
+        (["A 1", "A 1", "B 1", "B 1", "C 1", "C 1"], "A", False),
+        (["A 1", "A 1", "A 2", "A 2"], "D", True),
+        (["A 1", "B 1", "C 1"], "D", True),
+        (["A 1", "B 1", "C 1", "E 1"], "D", False),
+    ],
+)
+def test_a_baseline_is_provisional_until_the_runs_are_there_that_it_asks_for(sessions, card, provisional):
+    now = {"a": timing(1.0)}
+    before = baseline(*[now] * len(sessions), sessions=sessions, card=card)
+    assert any("provisional" in line for line in summary(before, now, judge(before, now, STAMPS))) is provisional
 
 
 def test_blind_cases_are_counted():
     noisy = baseline(*({"a": timing(1.0 + 0.05 * i), "b": timing(1.0)} for i in range(4)))
     now = {"a": timing(1.05), "b": timing(1.0)}
     text = "\n".join(summary(noisy, now, judge(noisy, now, STAMPS)))
-    assert "1 of 2 cases are blind" in text
+    assert "1 of 2 cases is blind" in text
 
 
 def test_no_verdicts_are_said_so():
@@ -231,8 +264,21 @@ def test_the_spread_is_a_table_of_shares_and_names_blind_cases():
 
 def test_a_case_that_one_run_holds_is_blind():
     lines = report.spread(baseline({"a": timing(1.0)}), STAMPS)
-    assert "| **all** | 0 | | | | | |" in lines
+    assert "| **all** | 0 | | | | | | |" in lines
     assert any(line.startswith("- `a`: half range unknown") for line in lines)
+
+
+def test_the_spread_has_a_column_of_one_card():
+    """Of the cards that have two runs or more the median one's, and detectable slowdowns on the card of the newest run."""
+    seconds = {"A 1": (1.0, 1.002), "B 1": (1.1, 1.1088), "C 1": (1.2, 1.2012), "D 1": (1.3,)}
+    sessions = [session for session, values in seconds.items() for _ in values]
+    runs = [{f"c{i}": timing(value) for i in range(6)} for values in seconds.values() for value in values]
+    before = baseline(*runs, sessions=sessions)
+    assert report.half_ranges_on_a_card(before) == {f"c{i}": pytest.approx(0.001 / 1.001) for i in range(6)}
+    row = next(line for line in report.spread(before, STAMPS) if line.startswith("| **all**"))
+    mde = detectable(before.on("D"), STAMPS)["c0"]
+    assert row.split(" | ")[1:] == ["6", "0%", "0%", "13.53%", "13.53%", "0.10%", f"{mde:.2%} |"]
+    assert mde < 0.05 < detectable(before.on("GPU-9"), STAMPS)["c0"]
 
 
 def test_accepted_runs_are_listed_with_their_wall_time_and_reason(tmp_path):
@@ -250,3 +296,14 @@ def test_before_and_after(tmp_path, six_runs):
     assert lines[4].startswith("  and 8 more, none beyond")
     assert lines[5:] == ["new: 1 case: another", f"only in the baseline: 1 case: {CASES[0]}"]
     assert report.before_after(None, [fresh, fresh]) == ["the first baseline of this machine: 12 cases in 2 runs"]
+
+
+def test_runs_of_one_card_are_shown_beside_its_own(tmp_path):
+    then = baseline(
+        {CASES[0]: timing(1.0)}, {CASES[0]: timing(2.0)}, sessions=["GPU-1 2026-11-01", "GPU-2 2026-11-01"], card=None
+    )
+    fresh = parse(stored_run(7, cases=CASES[:1]), tmp_path / "run.json")
+    assert " 1.000 s -> " in report.before_after(then, [fresh])[1]
+    other = parse(stored_run(8, cases=CASES[:1], session="GPU-3 2026-11-01"), tmp_path / "run.json")
+    assert " 1.414 s -> " in report.before_after(then, [other])[1]
+    assert " 1.414 s -> " in report.before_after(then, [fresh, other])[1]

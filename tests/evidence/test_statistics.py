@@ -8,54 +8,94 @@ import pytest
 from fp4bench.evidence.statistics import (
     Prior,
     Spread,
+    across_cards,
     detectable,
     fit_prior,
     holm,
     moderate,
+    on_card,
     quantile,
-    sessions_needed,
-    spread,
     standard_error,
     threshold,
     to_log,
     to_share,
+    units_needed,
     upper_tail,
+    with_more,
 )
+
+
+def same(found, expected):
+    assert (found.mean, found.variance, found.freedom) == pytest.approx((expected.mean, expected.variance, expected.freedom))
+    assert found.units == expected.units
 
 
 @pytest.mark.parametrize(
-    ("sessions", "expected"),
+    ("own", "others", "expected"),
+    [
+        pytest.param([5.0], [], Spread(5, 0, 0, 1), id="one-run"),
+        pytest.param([1.0, 3.0], [], Spread(2, 2, 1, 2), id="two-runs"),
+        pytest.param([1.0, 2.0, 3.0], [], Spread(2, 1, 2, 3), id="three-runs"),
+        # Squares around the cards' own means: 2 + 0 + 0.5 over 1 + 0 + 1; where the other cards are does not matter.
+        pytest.param([1.0, 3.0], [[40.0], [7.0, 8.0]], Spread(2, 1.25, 2, 2), id="other-cards-show-how-runs-differ"),
+        pytest.param([5.0], [[1.0, 3.0]], Spread(5, 2, 1, 1), id="one-run-beside-a-card-of-two"),
+        pytest.param([5.0], [[1.0], [9.0]], Spread(5, 0, 0, 1), id="cards-of-one-run-show-nothing-of-runs"),
+        pytest.param([2.0, 2.0], [[3.0, 3.0]], Spread(2, 0, 2, 2), id="identical"),
+    ],
+)
+def test_a_spread_on_a_card_by_hand(own, others, expected):
+    same(on_card(own, others), expected)
+
+
+@pytest.mark.parametrize(
+    ("cards", "expected"),
     [
         pytest.param([[5.0]], Spread(5, 0, 0, 1), id="one-run"),
-        pytest.param([[1.0, 3.0]], Spread(2, 2, 1, 1), id="one-session-shows-its-runs-only"),
-        pytest.param([[1.0], [2.0], [3.0]], Spread(2, 1, 2, 3), id="a-run-a-session"),
-        # means 2 and 4, their mean square 2; within 2 with 1 degree; mean of 1/2 and 1: 0.75; 2 + 0.25 * 2, and Satterthwaite:
-        # 2.5**2 / (2**2 / 1 + 0.5**2 / 1)
-        pytest.param([[1.0, 3.0], [4.0]], Spread(3, 2.5, 6.25 / 4.25, 2), id="unequal"),
-        pytest.param([[1.0, 3.0], [1.0, 3.0]], Spread(2, 2, 2, 2), id="no-variance-between-sessions-is-not-negative"),
+        pytest.param([[1.0, 3.0]], Spread(2, 2, 0, 1), id="one-card-says-nothing-of-others"),
+        pytest.param([[1.0], [2.0], [3.0]], Spread(2, 1, 2, 3), id="a-run-a-card"),
+        # Means 2 and 4, their mean square 2; within 2; mean of 1/2 and 1: 0.75; 2 + 0.25 * 2.
+        pytest.param([[1.0, 3.0], [4.0]], Spread(3, 2.5, 1, 2), id="unequal"),
+        # Means 2, 6 and 4, their mean square 4; within (2 + 2) / 2; mean of 1/2, 1/2 and 1: 2/3; 4 + 2/3.
+        pytest.param([[1.0, 3.0], [5.0, 7.0], [4.0]], Spread(4, 14 / 3, 2, 3), id="three-cards"),
+        pytest.param([[1.0, 3.0], [1.0, 3.0]], Spread(2, 2, 1, 2), id="no-variance-between-cards-is-not-negative"),
         pytest.param([[2.0], [2.0], [2.0]], Spread(2, 0, 2, 3), id="identical"),
     ],
 )
-def test_a_spread_by_hand(sessions, expected):
-    found = spread(sessions)
-    assert (found.mean, found.variance, found.freedom) == pytest.approx((expected.mean, expected.variance, expected.freedom))
-    assert found.sessions == expected.sessions
+def test_a_spread_across_cards_by_hand(cards, expected):
+    same(across_cards(cards), expected)
 
 
 def test_a_spread_needs_runs():
-    with pytest.raises(ValueError, match="at least one session"):
-        spread([])
-    with pytest.raises(ValueError, match="a run in each"):
-        spread([[1.0], []])
+    with pytest.raises(ValueError, match="at least one card"):
+        across_cards([])
+    with pytest.raises(ValueError, match="a run on each"):
+        across_cards([[1.0], []])
+    for own, others in (([], [[1.0]]), ([1.0], [[]])):
+        with pytest.raises(ValueError, match="a run on each card"):
+            on_card(own, others)
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 6, (3, 3, 3), (1, 2, 5), (4, 1, 1, 1)], ids=str)
-def test_the_variance_is_that_of_a_run_on_a_new_session(sizes):
+def test_the_variance_is_that_of_a_run_on_another_card(sizes):
     rng = np.random.default_rng(1)
     between, within, trials = 0.3, 0.2, 4000
-    found = [spread([rng.normal(rng.normal(0, between), within, n).tolist() for n in sizes]).variance for _ in range(trials)]
+    found = [across_cards([rng.normal(rng.normal(0, between), within, n).tolist() for n in sizes]) for _ in range(trials)]
     # Clipping a negative part at zero may only add.
-    assert between**2 + within**2 == pytest.approx(np.mean(found), rel=0.05)
+    assert between**2 + within**2 == pytest.approx(np.mean([s.variance for s in found]), rel=0.05)
+
+
+@pytest.mark.parametrize("sizes", [(2,), (2, 2, 2), (1, 2, 5), (2, 1, 1)], ids=str)
+def test_the_variance_on_a_card_is_that_of_its_runs_wherever_the_cards_are(sizes):
+    rng = np.random.default_rng(1)
+    groups = [[rng.normal(rng.normal(0, 3.0), 0.2, n).tolist() for n in sizes] for _ in range(4000)]
+    found = [on_card(own, others) for own, *others in groups]
+    assert np.mean([s.variance for s in found]) == pytest.approx(0.2**2, rel=0.05)
+    assert {s.freedom for s in found} == {sum(sizes) - len(sizes)}
+
+
+@pytest.mark.parametrize("runs", [1, 2, 8])
+def test_more_runs_of_two_cards_say_no_more_of_a_third(runs):
+    assert across_cards([[1.0] * runs, [1.1] * runs]).freedom == 1
 
 
 @pytest.mark.parametrize(("prior_freedom", "own"), [(4, 5), (4, 2), (12, 5), (40, 11)])
@@ -94,13 +134,19 @@ def test_runs_that_agree_to_the_bit_break_nothing(zeros):
 
 def test_a_variance_is_drawn_towards_the_prior_by_weight():
     found = moderate(Spread(1.0, 4.0, 3, 4), Prior(1.0, 6))
-    assert (found.mean, found.variance, found.freedom, found.sessions) == (1.0, pytest.approx(2.0), 9, 4)
+    assert (found.mean, found.variance, found.freedom, found.units) == (1.0, pytest.approx(2.0), 9, 4)
 
 
 def test_there_is_always_some_variance_and_freedom():
     found = moderate(Spread(0, 0.0, 0, 1), Prior(0.0, 0.01))
     assert found.variance > 0
     assert found.freedom >= 1
+
+
+def test_a_variance_on_top_by_hand():
+    # 2 + 2 with (2 + 2)**2 / (2**2 / 4 + 2**2 / 30) degrees.
+    same(with_more(Spread(1.0, 2.0, 4, 3), Prior(2.0, 30)), Spread(1.0, 4.0, 16 / (1 + 4 / 30), 3))
+    same(with_more(Spread(1.0, 2.0, 4, 3), Prior(0.0, 30)), Spread(1.0, 2.0, 4, 3))
 
 
 def test_the_error_counts_the_new_run_and_the_baseline():
@@ -142,12 +188,12 @@ def test_what_is_detectable_is_detected():
         assert np.mean(passes) == pytest.approx(0.975, abs=0.02)
 
 
-def test_more_sessions_are_needed_for_smaller_effects():
+def test_more_runs_are_needed_for_smaller_effects():
     noisy = Spread(0, 0.01**2, 5, 3)
-    needed = [sessions_needed(noisy, effect, 1e-3, 0.01) for effect in (0.09, 0.07, 0.06)]
+    needed = [units_needed(noisy, effect, 1e-3, 0.01) for effect in (0.09, 0.07, 0.06)]
     assert needed == sorted(needed)
     assert needed[0] >= 1
-    assert sessions_needed(noisy, 0.02, 1e-3, 0.01) is None
+    assert units_needed(noisy, 0.02, 1e-3, 0.01) is None
 
 
 def test_a_change_and_its_logarithm():

@@ -1,6 +1,8 @@
 """When a case counts as slower: tables of timings, recorded runs with planted edits, and symmetry."""
 
-from math import exp
+import re
+from dataclasses import replace
+from math import exp, log1p
 
 import numpy as np
 import pytest
@@ -15,10 +17,10 @@ STAMPS, CPU = POLICIES["cuda_graph_stamps"], POLICIES["perf_counter"]
 US = 1e-6
 
 
-def quiet(sessions=6, sd=0.001, cases=20, mhz=1800.0):
-    """A baseline of cases that all take about 50 us, with this standard deviation."""
-    offsets = np.linspace(-1, 1, sessions) if sessions > 1 else np.zeros(1)
-    offsets /= offsets.std(ddof=1) if sessions > 1 else 1
+def quiet(runs=6, sd=0.001, cases=20, mhz=1800.0):
+    """Runs of one card, of cases that all take about 50 us, with this standard deviation."""
+    offsets = np.linspace(-1, 1, runs) if runs > 1 else np.zeros(1)
+    offsets /= offsets.std(ddof=1) if runs > 1 else 1
     return baseline(*({f"c{i}": timing(50 * US * exp(sd * o), mhz=mhz) for i in range(cases)} for o in offsets.tolist()))
 
 
@@ -81,15 +83,109 @@ def test_the_lower_clock_is_said():
 
 
 def test_an_effect_within_the_noise_is_inconclusive_and_says_what_it_takes():
-    # Cases that differ so much say little of each other, and three sessions say little of a case.
-    sds = [0.01, *np.geomspace(0.001, 0.05, 19)]
-    differing = baseline(*({f"c{i}": timing(50 * US * exp(sd * o)) for i, sd in enumerate(sds)} for o in (-1, 0, 1)))
+    # Cases that differ so much say little of each other, and four runs say little of a case.
+    sds, offsets = [0.01, *np.geomspace(0.001, 0.05, 19)], (-1.16, -0.39, 0.39, 1.16)
+    differing = baseline(*({f"c{i}": timing(50 * US * exp(sd * o)) for i, sd in enumerate(sds)} for o in offsets))
     noisy = judged(timing(50 * US * 1.07), differing)
     assert (noisy.outcome, noisy.reason) == (Outcome.INCONCLUSIVE, "not_significant")
-    assert "more accepted sessions would tell this one" in noisy.detail
-    hopeless = judged(timing(50 * US * 1.05), quiet(sessions=6, sd=0.03))
+    assert re.search(r"; \d more accepted runs would tell this one", noisy.detail)
+    hopeless = judged(timing(50 * US * 1.05), quiet(runs=6, sd=0.03))
     assert hopeless.outcome is Outcome.INCONCLUSIVE
     assert "try fp4bench ab" in hopeless.detail
+
+
+# Three cards that lie 4 % from each other, two runs each, on two days, which repeat within 0.1 %
+CARDS = {"GPU-1": -0.04, "GPU-2": 0.0, "GPU-3": 0.04}
+
+
+def cards(card, runs=2, cases=20):
+    """Their baseline, for a run of `card`."""
+    signs = [1.0, -1.0, 0.5, -0.5][:runs]
+    stored = [(name, day, offset + 0.0007 * sign) for name, offset in CARDS.items() for day, sign in enumerate(signs, start=1)]
+    return baseline(
+        *({f"c{i}": timing(50 * US * exp(t)) for i in range(cases)} for _, _, t in stored),
+        sessions=[f"{name} 2026-11-{day:02}" for name, day, _ in stored],
+        card=card,
+    )
+
+
+def on_cards(card, then, slowdown):
+    """The verdict of c0 in a run of `card` that is as fast as `then`, a slowdown in c0 apart."""
+    now = {f"c{i}": timing(50 * US * exp(then) * (1 + slowdown * (i == 0))) for i in range(20)}
+    return judge(cards(card), now, STAMPS)["c0"]
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize(
+    ("slowdown", "outcome"), [(0.02, Outcome.REGRESSED), (0.0, Outcome.SAME), (1 / 1.02 - 1, Outcome.FASTER)]
+)
+def test_a_known_card_is_compared_with_its_own_runs(card, slowdown, outcome):
+    verdict = on_cards(card, CARDS[card], slowdown)
+    assert verdict.outcome is outcome
+    assert verdict.change == pytest.approx(slowdown, abs=1e-4)
+    assert verdict.mde < 0.02
+
+
+@pytest.mark.parametrize("card", ["GPU-9", None])
+def test_an_unknown_card_is_compared_with_all_and_says_so(card):
+    verdict = on_cards(card, 0.0, 0.02)
+    assert (verdict.outcome, verdict.reason) == (Outcome.INCONCLUSIVE, "not_significant")
+    assert verdict.change == pytest.approx(0.02, abs=1e-4)  # of the mean of the cards
+    assert "no accepted run is of this card, and cards differ" in verdict.detail
+    assert verdict.mde > 0.1
+    assert "this card" not in on_cards("GPU-1", CARDS["GPU-1"], 0.005).detail
+
+
+def test_an_unknown_card_that_lies_among_the_others_is_neither_slower_nor_faster():
+    found = [on_cards("GPU-9", then, 0.0).outcome for then in CARDS.values()]
+    assert found == [Outcome.INCONCLUSIVE, Outcome.SAME, Outcome.INCONCLUSIVE]
+    assert on_cards("GPU-9", 0.5, 0.0).outcome is Outcome.REGRESSED
+
+
+def test_a_card_with_more_runs_counts_as_one_card():
+    one, many = {"a": timing(1.0)}, {"a": timing(1.1)}
+    sessions = ["GPU-1 d1", "GPU-2 d1", "GPU-2 d2", "GPU-2 d3"]
+    for card, mean in (("GPU-9", (1.0 * 1.1) ** 0.5), ("GPU-1", 1.0), ("GPU-2", 1.1)):
+        before = baseline(one, many, many, many, sessions=sessions, card=card)
+        assert judge(before, one, STAMPS)["a"].change == pytest.approx(1.0 / mean - 1)
+
+
+def test_the_clock_too_is_that_of_the_card():
+    """A card that always ran at 1700 MHz has not been throttled since, whatever the others run at."""
+    slow, fast = {"a": timing(1.05, mhz=1714.0)}, {"a": timing(1.0, mhz=1800.0)}
+    before = baseline(slow, fast, fast, sessions=["GPU-1 d1", "GPU-2 d1", "GPU-2 d2"])
+    assert judge(before, {"a": timing(1.11, mhz=1714.0)}, STAMPS)["a"].outcome is Outcome.REGRESSED
+    throttled = judge(before, {"a": timing(1.05 * 1.05, cycles=1.05 * 1714e6, mhz=1714.0 / 1.05)}, STAMPS)["a"]
+    assert (throttled.outcome, throttled.reason) == (Outcome.SAME, "lower_clock")
+    assert "SM clock 1714 MHz then, 1632 now" in throttled.detail
+    # Of an unknown card: that of the cards' means, as the time is, not of the runs.
+    unknown = judge(before.on("GPU-9"), {"a": timing(1.6, cycles=1.02 * 1757e6, mhz=1150.0)}, STAMPS)["a"]
+    assert "SM clock 1756 MHz then, 1150 now" in unknown.detail
+
+
+def test_runs_of_one_day_do_not_show_how_days_differ():
+    def before(days):
+        offsets = (-1.26, -0.64, -0.2, 0.2, 0.64, 1.26)
+        runs = [{f"c{i}": timing(50 * US * exp(0.0002 * o)) for i in range(20)} for o in offsets]
+        return baseline(*runs, sessions=[f"GPU-1 day-{i % days}" for i in range(6)])
+
+    drifting = replace(STAMPS, floor=0.0, drift=0.004)
+    one, two, six = (detectable(before(days), drifting)["c0"] for days in (1, 2, 6))
+    assert one > two > six
+    # Next to nothing but drift: a day against the mean of so many.
+    assert log1p(one) / log1p(six) == pytest.approx((2 / (1 + 1 / 6)) ** 0.5, rel=0.02)
+    still = replace(STAMPS, floor=0.0, drift=0.0)
+    assert detectable(before(1), still)["c0"] == pytest.approx(detectable(before(6), still)["c0"])
+
+
+def test_looks_that_scatter_more_than_was_known_raise_the_bar():
+    now = {f"c{i}": timing(50 * US * 1.03) for i in range(20)}
+    calm = judge(quiet(), now, STAMPS, seen={"c0": (1e-8, 1e-8)})
+    assert calm["c0"] == judge(quiet(), now, STAMPS)["c0"]
+    for seen in ((4e-4, 1e-8), (1e-8, 4e-4)):  # either witness
+        verdicts = judge(quiet(), now, STAMPS, seen={"c0": seen})
+        assert verdicts["c0"].outcome is Outcome.INCONCLUSIVE
+        assert verdicts["c1"].outcome is Outcome.REGRESSED
 
 
 def test_the_interval_holds_the_change_and_the_mde_lies_beyond_the_floor():
@@ -100,17 +196,27 @@ def test_the_interval_holds_the_change_and_the_mde_lies_beyond_the_floor():
     assert STAMPS.floor < verdict.mde < 0.02
 
 
-def test_more_sessions_see_smaller_slowdowns():
-    mdes = [detectable(quiet(sessions, sd=0.004), STAMPS)["c0"] for sessions in (1, 3, 6, 12)]
+def test_more_runs_see_smaller_slowdowns():
+    mdes = [detectable(quiet(runs, sd=0.004), STAMPS)["c0"] for runs in (2, 3, 4, 6, 12)]
     assert mdes == sorted(mdes, reverse=True)
     assert mdes[0] > 1.2 * mdes[-1]
 
 
-def test_one_session_is_judged_by_the_allowance_however_well_its_runs_agree():
-    same_day = baseline(*({f"c{i}": timing(50 * US) for i in range(20)} for _ in range(6)), sessions=["day"] * 6)
-    six_days = baseline(*({f"c{i}": timing(50 * US) for i in range(20)} for _ in range(6)))
-    assert judged(timing(50 * US * 1.015), same_day).outcome is Outcome.INCONCLUSIVE
-    assert judged(timing(50 * US * 1.015), six_days).outcome is Outcome.REGRESSED
+def test_few_runs_are_judged_by_the_allowance_however_well_they_agree():
+    few, many = quiet(runs=2, sd=0.00001), quiet(runs=6, sd=0.00001)
+    slower, floors = timing(50 * US * 1.008), {"c0": 0.005}
+    assert judged(slower, few, floors=floors).outcome is Outcome.INCONCLUSIVE
+    assert judged(slower, many, floors=floors).outcome is Outcome.REGRESSED
+
+
+@pytest.mark.parametrize("runs", [1, 6, 20])
+def test_one_card_is_judged_by_the_cards_allowance_however_often_it_ran(runs):
+    """How its runs agree says nothing of other cards."""
+    known = quiet(runs=runs, sd=0.0001)
+    assert judged(timing(50 * US * 1.04), known).outcome is Outcome.REGRESSED
+    unknown = known.on("GPU-9")
+    assert judged(timing(50 * US * 1.04), unknown).outcome is Outcome.INCONCLUSIVE
+    assert detectable(unknown, STAMPS)["c0"] > 4 * STAMPS.card_allowance
 
 
 def test_cases_of_other_clocks_say_nothing_of_a_case():
@@ -124,7 +230,20 @@ def test_cases_of_other_clocks_say_nothing_of_a_case():
     assert beside == pytest.approx(alone, rel=0.1)  # the correction over twice as many cases is all
 
 
-def test_runs_of_one_session_say_nothing_of_how_sessions_differ():
+def test_cases_of_other_cards_say_nothing_of_how_runs_of_this_one_differ():
+    offsets = (-1.26, -0.64, -0.2, 0.2, 0.64, 1.26)
+    own = [{f"c{i}": timing(50 * US * exp(0.003 * o)) for i in range(10)} for o in offsets]
+    sessions = [f"GPU-1 2026-11-{day:02}" for day in range(1, 7)] + [f"GPU-{card} 2026-11-01" for card in range(2, 8)]
+
+    def before(others):
+        elsewhere = [{f"o{i}": timing(1e-3 * exp(0.05 * o)) for i in range(others)} for o in offsets]
+        return baseline(*own, *elsewhere, sessions=sessions)
+
+    alone, beside = (detectable(before(others), STAMPS)["c0"] for others in (0, 30))
+    assert beside == pytest.approx(alone, rel=0.15)  # the correction over four times as many cases is all
+
+
+def test_young_cases_say_nothing_of_how_runs_differ():
     offsets = (-1.26, -0.64, -0.2, 0.2, 0.64, 1.26)
 
     def run(offset, young):
@@ -133,24 +252,23 @@ def test_runs_of_one_session_say_nothing_of_how_sessions_differ():
         }
 
     def before(young):
-        later = [run(o, young) if i > 3 else run(o, 0) for i, o in enumerate(offsets)]
-        return baseline(*later, sessions=["s1", "s2", "s3", "s4", "s5", "s5"])
+        return baseline(*(run(o, young) if i > 3 else run(o, 0) for i, o in enumerate(offsets)))
 
     alone, beside = (detectable(before(young), STAMPS)["c0"] for young in (0, 30))
     assert beside == pytest.approx(alone, rel=0.15)  # the correction over four times as many cases is all
 
 
-@pytest.mark.parametrize("sessions", [2, 6])
+@pytest.mark.parametrize("runs", [2, 6])
 @pytest.mark.parametrize("cases", [1, 20])
-def test_an_assumption_never_hides_that_a_case_scatters(sessions, cases):
-    """By 5 %, where 0.4 % is allowed: a further 5 % is nothing to act on, whatever is known of the other cases."""
-    before = quiet(sessions, sd=0.05, cases=cases)
+def test_an_assumption_never_hides_that_a_case_scatters(runs, cases):
+    """By 5 %, where 0.2 % is allowed: a further 5 % is nothing to act on, whatever is known of the other cases."""
+    before = quiet(runs, sd=0.05, cases=cases)
     now = {f"c{i}": timing(50 * US * exp(0.05)) for i in range(cases)}
     assert {verdict.outcome for verdict in judge(before, now, STAMPS).values()} == {Outcome.INCONCLUSIVE}
 
 
-def test_a_suite_of_few_cases_learns_from_its_sessions():
-    """Too few cases to say what is usual among them: the case's own sessions count, and the allowance no more than they do."""
+def test_a_suite_of_few_cases_learns_from_its_runs():
+    """Too few cases to say what is usual among them: the case's own runs count, and the allowance no more than they do."""
     sds = (0.004, 0.001)
     first, later = (detectable(quiet(12, sd=sd, cases=2), STAMPS)["c0"] for sd in sds)
     assert later < 0.75 * first
@@ -240,14 +358,18 @@ EFFECT = st.floats(-0.6, 0.6)
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(st.tuples(EFFECT, EFFECT, st.floats(1000, 2000), st.floats(1000, 2000)), min_size=1, max_size=6))
-def test_swapping_the_sides_of_two_runs_swaps_the_outcome(cases):
+@given(
+    st.lists(st.tuples(EFFECT, EFFECT, st.floats(1000, 2000), st.floats(1000, 2000)), min_size=1, max_size=6),
+    st.sampled_from(["GPU-1", "GPU-9"]),
+)
+def test_swapping_the_sides_of_two_runs_swaps_the_outcome(cases, card):
     """In log space; the same for the reason, where `lower_clock` mirrors `higher_clock`."""
     one = {f"c{i}": timing(1e-3, cycles=1e6, mhz=then) for i, (_, _, then, _) in enumerate(cases)}
     other = {
         f"c{i}": timing(1e-3 * exp(time), cycles=1e6 * exp(cycles), mhz=now) for i, (time, cycles, _, now) in enumerate(cases)
     }
-    forth, back = judge(baseline(one), other, STAMPS), judge(baseline(other), one, STAMPS)
+    forth = judge(baseline(one, card=card), other, STAMPS)
+    back = judge(baseline(other, card=card), one, STAMPS)
     for case_id, verdict in forth.items():
         assert back[case_id].outcome is MIRROR.get(verdict.outcome, verdict.outcome)
         mirrored = {"slower": "faster", "faster": "slower", "lower_clock": "higher_clock", "higher_clock": "lower_clock"}
@@ -268,11 +390,11 @@ def test_swapping_the_sides_swaps_the_outcome_on_a_cpu(ratio):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Six runs on three days, read from their files."""
+    """Six runs of a card on three days, read from their files."""
     folder = tmp_path_factory.mktemp("baselines")
     for number in range(1, 7):
         write(folder / f"{number:04}_run.json", stored_run(number, day=(number + 1) // 2))
-    return accepted(folder, MACHINE)
+    return accepted(folder, MACHINE).on("GPU-1")
 
 
 def outcomes(before, run, **options):
