@@ -340,7 +340,7 @@ def test_the_notes_say_what_was_counted(baseline):
         sampled(injected(stored_run(10), 0.05)),
     ]
     found = rivals.notes(runs, [runs[2]], rivals.count(answers(DO_BENCH, [True])))
-    assert found[0].startswith("36 timings in 3 runs of 2 cards; 2 cases were slowed down on purpose (1 by 2 %, 1 by 5 %).")
+    assert found[0].startswith("36 timings in 3 runs of 2 cards; 2 of them were slowed down on purpose (1 by 2 %, 1 by 5 %).")
     assert any("a slowdown is a reading scaled" in note for note in found)
     assert any("not measured again in fresh processes" in note for note in found)
     assert found[-1] == "1 of 1 runs to compare with have injected slowdowns and were left out."
