@@ -77,8 +77,12 @@ class Run:
             if time.monotonic() >= self._canaries_due:
                 self.read_canaries()
             found: TimedCase = self._ask(TimeCase(case, self.how.slowdowns.get(case_id, 0.0)))
+            assert self._worker
             self._note(record=found.record, seconds=found.seconds, calls_per_sample=found.calls_per_sample)
             self.timed[case_id] = found
+            if found.record["clock"] == "cuda_events":
+                # A capture that failed leaves torch's allocator believing that one is under way.
+                self._worker.restart()
         return self.timed[case_id]
 
     def time_again(self, cases: Mapping[str, Case]) -> dict[str, Timing | str]:

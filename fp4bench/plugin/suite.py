@@ -137,7 +137,7 @@ class Suite:
             "pace": pace,
             "warm": self.config.option.warm,
             "slowdowns": self.slowdowns,
-            "commit": commit.get("id"),
+            "commit": [commit.get("id"), bool(commit.get("dirty"))],
         }
         return {"key": key}
 

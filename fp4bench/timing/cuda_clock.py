@@ -34,11 +34,13 @@ class CudaClock:
         with torch.cuda.device(self._device.torch_name):
             calls[0]()  # what a library sets up at its first call cannot be captured
             flush = self._flush if not self._warm and must_flush(bytes_touched, self._l2_bytes) else None
+            stream = torch.cuda.current_stream()
             try:
                 once = TimedGraph(calls, 1, self._device, flush)
             except RuntimeError as error:
                 if not _not_capturable(error):
                     raise
+                torch.cuda.set_stream(stream)  # a capture that failed leaves its own behind
                 return self._measure_eagerly(calls[0], slowdown)
             return self._measure_graphs(once, calls, flush, slowdown)
 
@@ -57,7 +59,7 @@ class CudaClock:
         return replace(timed, copies=len(calls), gap_seconds=gap, kernels=kernels_of(calls[0]))
 
     def _measurement(self, readings: Sequence[Reading], calls: int, l2: str) -> Measurement:
-        stamped = stamps_available()
+        stamped = stamps_available(self._device)
         flushed = l2 == "cold_flush"  # events around the graph then hold the flushes too
         return Measurement(
             seconds=tuple(r.seconds for r in readings),
@@ -85,7 +87,6 @@ class CudaClock:
 
         Overwriting the L2 gives the host about 30 us (H200) to queue the call behind it. Longer launches show.
         """
-        from fp4bench.timing.stamps import spin
 
         def read() -> Reading:
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -94,6 +95,8 @@ class CudaClock:
             start.record()
             call()
             if delay:
+                from fp4bench.timing.stamps import spin
+
                 spin(delay)
             stop.record()
             stop.synchronize()

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -114,14 +114,28 @@ class TimedGraph:
         return Reading(sum(e.seconds for e in elapsed) / self.calls, sum(e.cycles for e in elapsed) / self.calls, by_events)
 
 
-def stamps_available() -> bool:
+def stamps_available(device: Device) -> bool:
     """Whether clock stamps can run: they are Triton kernels."""
-    return find_spec("triton") is not None
+    return no_stamps(device) is None
+
+
+@lru_cache
+def no_stamps(device: Device) -> str | None:
+    """Why clock stamps cannot run here, or None. Triton may be missing, or lack the C compiler that its launchers need."""
+    try:
+        from fp4bench.timing.stamps import Stamps
+
+        assert device.sm_count is not None
+        Stamps(1, device.sm_count, device.torch_name).start()
+        torch.cuda.synchronize(device.torch_name)
+    except Exception as error:  # whatever Triton raises
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return None
 
 
 def _stamps(pairs: int, device: Device) -> Any:
     """Stamps, or None where they cannot run."""
-    if not stamps_available():
+    if not stamps_available(device):
         return None
     from fp4bench.timing.stamps import Stamps
 

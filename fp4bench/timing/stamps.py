@@ -13,13 +13,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _stamp(out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Write (%globaltimer, %clock64) of this block's SM to out[%smid], int64."""
+def _stamp(out, slots):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Write (%globaltimer, %clock64) of this block's SM to out[%smid], int64, if there is such a slot."""
     sm = tl.inline_asm_elementwise("mov.u32 $0, %smid;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     nanoseconds = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
     cycles = tl.inline_asm_elementwise("mov.u64 $0, %clock64;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
-    tl.store(out + 2 * sm, nanoseconds)
-    tl.store(out + 2 * sm + 1, cycles)
+    tl.store(out + 2 * sm, nanoseconds, mask=sm < slots)
+    tl.store(out + 2 * sm + 1, cycles, mask=sm < slots)
 
 
 @triton.jit
@@ -47,7 +47,7 @@ class Elapsed:
 class Stamps:
     """Pairs of stamps for one graph, `pairs` of them, on a GPU of `sm_count` SMs.
 
-    A stamp launches one block an SM on an idle chip, so that each SM gets one; SMs that two blocks met or none are left out.
+    A stamp launches one block an SM on an idle chip, so that each SM gets one. An SM that got none is left out.
     """
 
     def __init__(self, pairs: int, sm_count: int, device: str) -> None:
@@ -59,11 +59,11 @@ class Stamps:
 
     def start(self, pair: int = 0) -> None:
         """Queue the first stamp of a pair on the current stream."""
-        _stamp[(self._sm_count,)](self._written[pair, 0], num_warps=1)
+        _stamp[(self._sm_count,)](self._written[pair, 0], self._slots, num_warps=1)
 
     def stop(self, pair: int = 0) -> None:
         """Queue the second stamp of a pair on the current stream."""
-        _stamp[(self._sm_count,)](self._written[pair, 1], num_warps=1)
+        _stamp[(self._sm_count,)](self._written[pair, 1], self._slots, num_warps=1)
 
     def clear(self) -> None:
         """Queue the erasure of all stamps, before a replay."""

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -14,6 +15,7 @@ from fp4bench.devices import find_device
 from fp4bench.evidence.record import make_record
 from fp4bench.timing.canaries import Canary, canaries, canary_clock, ceilings, read
 from fp4bench.timing.clock import Call, Measurement, clock_for
+from fp4bench.timing.graphs import no_stamps
 from fp4bench.timing.telemetry import Telemetry
 
 
@@ -53,13 +55,14 @@ class TimedCase:
 class Conditions:
     """What the machine was like at one moment: the canaries' readings, the ceilings, and the telemetry's snapshot.
 
-    idle: the snapshot before this process had a context on the GPU.
+    idle: the snapshot before this process had a context on the GPU. no_stamps: why there are no clock stamps, if so.
     """
 
     canaries: tuple[dict[str, Any], ...]
     ceilings: dict[str, float | None]
     snapshot: dict[str, Any]
     idle: dict[str, Any]
+    no_stamps: str | None = None
 
 
 class Measurer:
@@ -89,7 +92,8 @@ class Measurer:
                 return self._read_canaries()
             return self._serve(request)
         finally:
-            self._free()
+            with suppress(RuntimeError):  # of a lost context, which is told by what lost it
+                self._free()
 
     def usable(self) -> bool:
         """Whether the device still answers: after an illegal access every call of this process fails."""
@@ -155,7 +159,8 @@ class Measurer:
         readings = tuple(read(canary, self._canary_clock) | {"in_s": perf_counter() - start} for canary in self._canaries)
         seconds = {reading["name"]: reading["seconds"] for reading in readings}
         now, idle = vars(self._telemetry.snapshot()), vars(self._telemetry.at_open)
-        return Conditions(readings, vars(ceilings(self._canaries, seconds.__getitem__)), now, idle)
+        why = no_stamps(self._device) if self._device.is_cuda else "a CPU has none"
+        return Conditions(readings, vars(ceilings(self._canaries, seconds.__getitem__)), now, idle, why)
 
     def _free(self) -> None:
         if not self._device.is_cuda:

@@ -178,6 +178,8 @@ class _Child:
     def __init__(self, what: bytes, environment: Mapping[str, str]) -> None:
         self.ready = False  # to be asked
         self._expired = False  # killed because it took too long
+        # When no longer to wait for the end of what was killed: something it started may hold the connection open.
+        self._given_up = float("inf")
         self._log = _appended_file()
         self._last_output = ""
         self._lifeline: int | None
@@ -224,10 +226,11 @@ class _Child:
             with contextlib.suppress(OSError):
                 if message is not None:
                     self._connection.send_bytes(message)
-            while not self._connection.poll(WAIT_SECONDS):
+            while not (told := self._connection.poll(WAIT_SECONDS)) and time.monotonic() < self._given_up:
                 on_wait()
-            with contextlib.suppress(OSError, EOFError):
-                answer = self._connection.recv_bytes()
+            if told:
+                with contextlib.suppress(OSError, EOFError):
+                    answer = self._connection.recv_bytes()
         if answer is None or self._expired:  # the signals of the latter may have cut short what a late answer tells of
             raise self._ended(seconds, when)
         try:
@@ -254,6 +257,7 @@ class _Child:
             self.process.send_signal(signal.SIGUSR1)  # it prints where it hangs
         time.sleep(0.2)
         self._signal_group()
+        self._given_up = time.monotonic() + CLOSE_SECONDS
 
     def _ended(self, seconds: float, when: str) -> WorkerError:
         ending = self.end()

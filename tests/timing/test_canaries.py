@@ -62,9 +62,19 @@ def test_a_canary_is_the_same_work_in_each_call():
 
 def test_only_devices_with_fp8_have_its_canary(monkeypatch):
     assert "fp8" not in [canary.name for canary in canaries(CPU)]
-    monkeypatch.setattr("fp4bench.timing.canaries._fp8_product", lambda side, device: SimpleNamespace(name="fp8"))
+    fp8 = SimpleNamespace(name="fp8", call=lambda: None)
+    monkeypatch.setattr("fp4bench.timing.canaries._fp8_product", lambda side, device: fp8)
     hopper = replace(CPU, capability=(9, 0))
     assert "fp8" in [canary.name for canary in canaries(hopper)]
+
+
+def test_a_canary_that_this_torch_cannot_run_is_left_out(monkeypatch):
+    def call():
+        raise RuntimeError("row-wise scaling is not built for this GPU")
+
+    fp8 = SimpleNamespace(name="fp8", call=call)
+    monkeypatch.setattr("fp4bench.timing.canaries._fp8_product", lambda side, device: fp8)
+    assert "fp8" not in [canary.name for canary in canaries(replace(CPU, capability=(9, 0)))]
 
 
 def test_the_clock_of_canaries_is_brief_and_leaves_that_of_cases_alone():

@@ -127,7 +127,8 @@ def test_what_cannot_be_captured_is_timed_by_events(cuda_clock):
     measured = cuda_clock.measure([lambda: x.sum().item()], x.nbytes)  # waits for the device
     assert measured.clock == "cuda_events"
     assert measured.cycles is None
-    # The device is as usable as before.
+    # The device is as usable as before, and the stream is the one that it was.
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert cuda_clock.measure([lambda: x.sum()], x.nbytes).clock == "cuda_graph_stamps"
 
 

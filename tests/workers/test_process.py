@@ -101,6 +101,14 @@ class Handler:
         while True:
             libc.read(end, ctypes.create_string_buffer(1), 1)
 
+    def leave_a_holder(self, seconds):
+        """Start a process that no signal of ours reaches and that holds the connection open; then hang."""
+        if os.fork() == 0:
+            os.setsid()
+            time.sleep(seconds)
+            os._exit(0)
+        time.sleep(LONG)
+
     def stop_reading(self):
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -415,3 +423,13 @@ def test_ctrl_c_in_the_group_ends_parent_and_child():
         assert parent.stdout.read() == "interrupted\n"
         assert parent.wait(LONG) != 0
         assert all(gone_within(pid, SOON) for pid in children)
+
+
+def test_a_wait_ends_though_something_out_of_reach_holds_the_connection(monkeypatch):
+    monkeypatch.setattr("fp4bench.workers.process.CLOSE_SECONDS", 0.5)
+    with Worker("test_process:Handler") as worker:
+        worker.ask(("pid",), LONG)
+        started = time.monotonic()
+        with pytest.raises(WorkerHung):
+            worker.ask(("leave_a_holder", 6), 0.3)
+        assert time.monotonic() - started < 4
