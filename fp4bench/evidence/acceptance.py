@@ -4,10 +4,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fp4bench.evidence.baselines import Baseline, StoredRun, accepted, parse, read
+from fp4bench.evidence.baselines import Baseline, StoredRun, accepted, card_of, parse, read, way, way_of
+from fp4bench.evidence.verdict import POLICIES, Outcome, judge
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -42,6 +45,30 @@ class Candidates:
             if candidate.run.info.get("options", {}) != before.info.get("options", {})
         ]
 
+    @cached_property
+    def restarts(self) -> tuple[tuple[str, ...], ...]:
+        """Of each run, the cases that start anew with it: they are FASTER or REGRESSED beside the baseline as it was.
+
+        With several runs a case starts anew at the first that holds it, timed in the way in which it moved.
+        """
+        if self.baseline is None:
+            return tuple(() for _ in self.runs)
+        moved = {(c, way(one.run.cases[c])) for one in self.runs for c in _moved(self.baseline, one.run)}
+        found = []
+        for one in self.runs:
+            anew = [(c, way(timing)) for c, timing in one.run.cases.items() if (c, way(timing)) in moved]
+            moved -= set(anew)
+            found.append(tuple(case_id for case_id, _ in anew))
+        return tuple(found)
+
+    def retired(self, globs: Sequence[str]) -> tuple[str, ...]:
+        """Cases of the baseline that a glob matches, or that it names. Raises AcceptError for a glob without any."""
+        known = self.baseline.cases if self.baseline else {}
+        for glob in globs:
+            if not any(_matches(case_id, glob) for case_id in known):
+                raise AcceptError(f"--retire {glob!r} matches no case of the baseline in {self.folder}")
+        return tuple(case_id for case_id in known if any(_matches(case_id, glob) for glob in globs))
+
 
 def examine(paths: Sequence[Path], folder: Path, allow_dirty: bool = False) -> Candidates:
     """Read finished runs and check that they may become baselines in `folder/<machine>/`.
@@ -71,21 +98,26 @@ def examine(paths: Sequence[Path], folder: Path, allow_dirty: bool = False) -> C
     return Candidates(tuple(candidates), place, baseline)
 
 
-def accept(candidates: Candidates, name: str, reason: str, today: date) -> list[Path]:
+def accept(candidates: Candidates, name: str, reason: str, today: date, retire: Sequence[str] = ()) -> list[Path]:
     """Write the runs into the baseline, in the order given; the paths of the new files.
 
-    Raw samples are left out: a baseline is made of medians. Raises AcceptError for a bad name, an empty reason, and a file that
-    cannot be written.
+    retire: globs or ids of cases that leave the baseline with the first run. Raw samples are left out: a baseline is made of
+    medians. Raises AcceptError as `Candidates.retired` does, before anything is written, for a bad name, an empty reason, and
+    for a file that cannot be written.
     """
     from fp4bench.evidence.storage import store
+
+    retired = candidates.retired(retire)
 
     if not _NAME.fullmatch(name):
         raise AcceptError(f"the name {name!r} cannot be part of a file name: use up to 64 letters, digits, '.', '_' and '-'")
     if not (reason := " ".join(reason.split())):
         raise AcceptError("the reason is empty: say why these runs become the baseline")
-    paths = []
-    for candidate in candidates.runs:
-        info = candidate.stored["fp4bench"] | {"accepted": {"name": name, "reason": reason, "date": today.isoformat()}}
+    paths: list[Path] = []
+    for candidate, restarts in zip(candidates.runs, candidates.restarts, strict=True):
+        said = {"name": name, "reason": reason, "date": today.isoformat()}
+        changes = {"restarts": list(restarts), "retired": [] if paths else list(retired)}
+        info = candidate.stored["fp4bench"] | {"accepted": said | {key: ids for key, ids in changes.items() if ids}}
         try:
             paths.append(store(candidate.stored | {"fp4bench": info}, candidates.folder, name))
         except OSError as error:
@@ -117,6 +149,15 @@ def _refuse_unfit(candidate: Candidate, allow_dirty: bool) -> None:
         raise AcceptError(f"{run.path} is from a tree with uncommitted changes: commit and record anew, or say --allow-dirty")
     if commit.get("id") in (None, "", "unversioned", "unknown"):
         raise AcceptError(f"{run.path} does not say of which commit it is: record it in a git checkout, or say --allow-dirty")
+
+
+def _moved(baseline: Baseline, run: StoredRun) -> list[str]:
+    verdicts = judge(baseline.on(card_of(run.session), *way_of(run.cases.values())), run.cases, POLICIES)
+    return [case_id for case_id, found in verdicts.items() if found.outcome in (Outcome.FASTER, Outcome.REGRESSED)]
+
+
+def _matches(case_id: str, glob: str) -> bool:
+    return case_id == glob or fnmatchcase(case_id, glob)
 
 
 def _identity(run: StoredRun) -> tuple[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -41,32 +42,56 @@ class StoredRun:
         """The card and day of the run: runs of one day do not show how days differ."""
         return str(self.info["session"])
 
+    @property
+    def restarts(self) -> tuple[str, ...]:
+        """Cases that this run showed to have moved when it was accepted: their history begins here."""
+        return tuple((self.info.get("accepted") or {}).get("restarts", ()))
+
+    @property
+    def retired(self) -> tuple[str, ...]:
+        """Cases that left the baseline when this run was accepted."""
+        return tuple((self.info.get("accepted") or {}).get("retired", ()))
+
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
     """Accepted runs of one machine, oldest first; at least one.
 
     card: the card whose run is to be compared (a CPU: the machine), None for any other than those of the runs.
+    pace, warm: only timings at this pace, and with the L2 warm or not, are in `cases`; None: whatever they were.
     """
 
     runs: tuple[StoredRun, ...]
     card: str | None = None
+    pace: str | None = None
+    warm: bool | None = None
 
     @cached_property
     def cases(self) -> dict[str, tuple[tuple[str, Timing], ...]]:
         """Session and timing of each run that holds a case, oldest first, by case id.
 
-        Only the newest runs that are comparable with the newest one: a case whose work or clock changed starts anew there.
+        Only the newest runs that are comparable with the newest one: a case whose work or clock changed starts anew there, and
+        so does one that had moved when a run was accepted, on all cards. What was retired is left out until a run holds it.
         """
         histories: defaultdict[str, list[tuple[str, Timing]]] = defaultdict(list)
         for run in self.runs:
+            for case_id in run.retired:
+                histories.pop(case_id, None)
+            for case_id in run.restarts:
+                histories[case_id] = _of_another_way(histories[case_id], run.cases.get(case_id))
             for case_id, timing in run.cases.items():
-                histories[case_id].append((run.session, timing))
-        return {case_id: _newest_stretch(history) for case_id, history in histories.items()}
+                if self.holds(timing):
+                    histories[case_id].append((run.session, timing))
+        return {case_id: _newest_stretch(history) for case_id, history in histories.items() if history}
 
-    def on(self, card: str) -> "Baseline":
-        """The same runs, for a run of this card."""
-        return Baseline(self.runs, card)
+    def holds(self, timing: Timing) -> bool:
+        """Whether a timing was taken in the way that is to be compared."""
+        pace, warm = way(timing)
+        return self.pace in (None, pace) and (self.warm is None or warm in (None, self.warm))
+
+    def on(self, card: str, pace: str | None = None, warm: bool | None = None) -> "Baseline":
+        """The same runs, for a run of this card, timed in this way."""
+        return Baseline(self.runs, card, pace, warm)
 
     def newest(self, case_id: str) -> Timing:
         """The timing of the newest run that holds the case. Raises KeyError where none does."""
@@ -90,6 +115,24 @@ class Baseline:
 def card_of(session: str) -> str:
     """The card (a CPU: the machine) of a session, which is named by card and date."""
     return session.rpartition(" ")[0]
+
+
+def way(timing: Timing) -> tuple[str | None, bool | None]:
+    """Its pace, and whether the L2 was warm, None for a clock that has no say in that: the wall clock."""
+    record = timing.record
+    return record.get("pace"), None if record.get("clock") == "perf_counter" else record.get("l2") == "warm"
+
+
+def way_of(timings: Iterable[Timing]) -> tuple[str | None, bool | None]:
+    """The pace and warmth of several timings; each None where they differ or do not say."""
+    paces, warmths = (set(values) for values in zip(*map(way, timings), strict=True))
+    warmths -= {None}
+    return paces.pop() if len(paces) == 1 else None, warmths.pop() if len(warmths) == 1 else None
+
+
+def _of_another_way(history: list[tuple[str, Timing]], timing: Timing | None) -> list[tuple[str, Timing]]:
+    """What a case that moved keeps: a sustained run says nothing of paced ones."""
+    return [entry for entry in history if timing and way(entry[1]) != way(timing)]
 
 
 def _newest_stretch(history: list[tuple[str, Timing]]) -> tuple[tuple[str, Timing], ...]:

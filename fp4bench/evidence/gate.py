@@ -87,8 +87,10 @@ def _look(
     found, shown = effects(baseline, case_id, answer), _so_far(baseline, case_id, looks)
     if min(found.time, found.second) > half_floor:
         return None
-    if first.outcome is Outcome.INCONCLUSIVE and found.time > half_floor:
-        return replace(first, detail=_joined(first.detail, shown))  # slower again, and again by one witness only
+    if found.time > half_floor:
+        second = "cycles" if found.witness == "cycles" else "the fastest sample"
+        detail = _joined(first.detail, f"slower when measured again, but not by {second}: {shown}")
+        return replace(first, outcome=Outcome.INCONCLUSIVE, reason="one_witness", detail=detail)
     return replace(first, outcome=Outcome.SAME, reason="not_confirmed", detail=f"not slower when measured again: {shown}")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from fp4bench.evidence.baselines import Baseline, StoredRun, Timing
+from fp4bench.evidence.baselines import Baseline, StoredRun, Timing, way_of
 from fp4bench.evidence.histories import card_of, changed_kernels, is_provisional, mean_seconds
 from fp4bench.evidence.verdict import POLICIES, Outcome, Policies, Verdict, detectable, policy_of
 
@@ -56,6 +56,8 @@ def summary(
         found = _worst_first((case_id, row) for case_id, row in table.items() if row["outcome"] == outcome.value)
         if outcome not in (Outcome.SAME, Outcome.INVALID) and found:
             lines += ["", f"{outcome.value}:", *_listed(found, None if outcome is Outcome.REGRESSED else _MOST_ROWS)]
+            if outcome is Outcome.MISSING:
+                lines.append(f"  if they are gone for good: fp4bench accept {stored or 'RUN.json'} --retire 'ID-OR-GLOB' ...")
     lines.append("")
     if changes := environment_changes(baseline, machine_info):
         lines.append(f"changed since {baseline.runs[-1].name}: {changes}")
@@ -123,7 +125,7 @@ def _trust(baseline: Baseline, now: Mapping[str, Timing], verdicts: Mapping[str,
     both = now.keys() & baseline.cases.keys()
     compared = [(c, verdict.mde) for c, verdict in verdicts.items() if c in both and verdict.mde is not None]
     blind = [case_id for case_id, mde in compared if mde > policy_of(policy, now[case_id]).blind]
-    cards = [card_of(run.session) for run in baseline.runs]
+    cards = [card_of(run.session) for run in baseline.runs if any(map(baseline.holds, run.cases.values()))]
     text = f"the baseline has {_plural(len(cards), 'run')} of {_plural(len(set(cards)), 'card')}"
     known = baseline.card in cards
     text += f", {sum(card == baseline.card for card in cards)} of this one" if known else ", none of this one: cards differ"
@@ -297,11 +299,12 @@ def accepted_runs(baseline: Baseline) -> list[str]:
 def before_after(baseline: Baseline | None, runs: Sequence[StoredRun], most: int = 20) -> list[str]:
     """What accepting runs changes: each case's mean before and in these runs, the largest changes first.
 
-    Runs of one card are compared with those of that card, where there are any.
+    Runs of one card are compared with those of that card, where there are any; runs timed in one way with those timed so.
     """
     after, cards = Baseline(tuple(runs)), {card_of(run.session) for run in runs}
-    if baseline and len(cards) == 1:
-        baseline = baseline.on(*cards)
+    if baseline:
+        how = way_of(timing for run in runs for timing in run.cases.values())
+        baseline = Baseline(baseline.runs, cards.pop() if len(cards) == 1 else None, *how)
     if baseline is None:
         return [f"the first baseline of this machine: {_cases(len(after.cases))} in {_plural(len(runs), 'run')}"]
     both = [case_id for case_id in after.cases if case_id in baseline.cases]

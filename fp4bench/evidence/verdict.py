@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from fp4bench.evidence import statistics
-from fp4bench.evidence.baselines import Baseline, Timing, not_comparable
+from fp4bench.evidence.baselines import Baseline, Timing, not_comparable, way
 from fp4bench.evidence.histories import Effects, changed_kernels, effects, has_own_runs, mean_mhz, moderated
 from fp4bench.evidence.statistics import Spread
 
@@ -99,8 +99,9 @@ def judge(
     """A verdict for each case of `now`, in its order, then MISSING ones. Holm's correction is over all that can be compared.
 
     floors: a floor of its own for some cases. expected: cases that belong to this run and are not in `now`, with the reason;
-    those that the baseline holds are MISSING. seen: by case, the variance of time and of the second witness between processes
-    of this run, where it was measured more than once; a case is not taken to scatter less than that.
+    those that the baseline holds are MISSING, as are cases of `now` that lost the clock that they were timed by. seen: by case,
+    the variance of time and of the second witness between processes of this run, where it was measured more than once; a case
+    is not taken to scatter less than that.
     """
     verdicts: dict[str, Verdict | None] = {}
     questions: list[_Question] = []
@@ -165,8 +166,27 @@ class _Question:
 def _new(baseline: Baseline, case_id: str, timing: Timing) -> Verdict | None:
     if case_id not in baseline.cases:
         return Verdict(Outcome.NEW, "not_in_baseline")
-    why = not_comparable(baseline.newest(case_id).record, timing.record)
+    before = baseline.newest(case_id)
+    if _lost_its_clock(before, timing):
+        detail = f"clock was {before.record['clock']}, is {timing.record['clock']}: it can no longer be timed alike{_NO_CLOCK}"
+        return Verdict(Outcome.MISSING, "clock_changed", detail=detail)
+    why = not_comparable(before.record, timing.record)
     return Verdict(Outcome.NEW, "not_comparable", detail=why) if why else None
+
+
+# The better first. What L2 and copies are follows from the clock, so they are no work of their own.
+_CUDA_CLOCKS = ("cuda_graph_stamps", "cuda_graph_events", "cuda_events")
+_WORK = ("flops", "bytes", "scale_rule")
+_NO_CLOCK = ", for a kernel that waits for the device cannot be captured in a graph, and without Triton there are no stamps"
+
+
+def _lost_its_clock(before: Timing, timing: Timing) -> bool:
+    """Whether the same work, timed in the same way, is now on a worse clock: as a case never seen it would escape the gate."""
+    clocks = before.record.get("clock"), timing.record.get("clock")
+    if not all(clock in _CUDA_CLOCKS for clock in clocks) or way(before) != way(timing):
+        return False
+    worse = _CUDA_CLOCKS.index(str(clocks[0])) < _CUDA_CLOCKS.index(str(clocks[1]))
+    return worse and all(before.record.get(key) == timing.record.get(key) for key in _WORK)
 
 
 def _question(baseline: Baseline, case_id: str, timing: Timing, policy: Policy, floors: Mapping[str, float]) -> _Question:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fp4bench.evidence import validity
+from fp4bench.evidence.baselines import card_of
 from fp4bench.evidence.validity import CPU_LIMITS, GPU_LIMITS, Canary, Conditions, Limits
 
 if TYPE_CHECKING:
@@ -25,10 +27,14 @@ def invalid_reasons(run: Run, on_gpu: bool) -> list[str]:
 def incomparable_reasons(run: Run, baseline: Baseline, on_gpu: bool) -> list[str]:
     """Why this run, valid in itself, says nothing beside these accepted runs: its canaries are elsewhere as a whole.
 
-    Such a run may be accepted, as after a new driver or cuBLAS.
+    Such a run may be accepted, as after a new driver or cuBLAS. Accepted runs of this card are compared where there are any;
+    else all are, with twice the limit, for cards differ.
     """
-    accepted = [_canaries(stored.info.get("canaries") or ()) for stored in baseline.runs]
-    return validity.against_baseline(_canaries(run.canaries()), accepted, _limits(on_gpu))
+    own = [stored for stored in baseline.runs if card_of(stored.session) == baseline.card]
+    accepted = [_canaries(stored.info.get("canaries") or ()) for stored in own or baseline.runs]
+    limits = _limits(on_gpu)
+    limits = limits if own else replace(limits, level=2 * limits.level)
+    return validity.against_baseline(_canaries(run.canaries()), accepted, limits)
 
 
 def _limits(on_gpu: bool) -> Limits:

@@ -42,8 +42,10 @@ class Gate:
         self._judged = False
         self._changed: list[str] = []  # of `invalid`: the machine as a whole is not what it was
         found = self._find(wanted)
-        # Compared with the runs of this very card, where there are any.
-        self.baseline = found and found.on(card(suite.machine_info))
+        # Compared with the runs of this very card, where there are any, and only with what was timed in the same way.
+        option = suite.config.option
+        pace = "sustained" if option.sustained and suite.device.is_cuda else "paced"  # a CPU has one pace
+        self.baseline = found and found.on(card(suite.machine_info), pace, option.warm)
 
     def _find(self, wanted: str | None) -> Baseline | None:
         suite = self._suite

@@ -45,7 +45,34 @@ def test_the_first_run_and_the_next(fp4bench, tmp_path):
     assert lines[0] == "12 cases beside 0001_first, the largest changes first:"
     assert lines[1].split()[0] == CASES[0]
     assert lines[1].split()[-1].startswith("-50.")
-    assert lines[-1] == f"accepted: baselines/{MACHINE}/0002_faster.json"
+    assert lines[-2:] == [
+        f"1 case that moved start anew: {CASES[0]}",
+        f"accepted: baselines/{MACHINE}/0002_faster.json",
+    ]
+
+
+def test_many_cases_that_moved_are_counted_and_five_named(fp4bench, tmp_path):
+    before = write(tmp_path / "0001_a.json", stored_run(1))
+    assert fp4bench("accept", before, "--name", "first", "--reason", "a start")[0] == 0
+    slower = stored_run(2)
+    for case_id in CASES[:7]:
+        slower = scaled(slower, 1.2, case_id)
+    after = write(tmp_path / "0002_a.json", slower)
+    lines = fp4bench("accept", after, "--name", "slower", "--reason", "exact scales")[1].splitlines()
+    assert f"7 cases that moved start anew: {', '.join(CASES[:5])}, ..." in lines
+
+
+def test_cases_that_are_gone_are_retired(fp4bench, tmp_path):
+    before = write(tmp_path / "0001_a.json", stored_run(1))
+    assert fp4bench("accept", before, "--name", "first", "--reason", "a start")[0] == 0
+    run = stored_run(2)
+    after = write(tmp_path / "0002_a.json", run | {"benchmarks": run["benchmarks"][2:]})
+    asked = ("accept", after, "--name", "fewer", "--reason", "x", "--retire", CASES[0], "--retire")
+    assert fp4bench(*asked, "nothing*") == (2, f"--retire 'nothing*' matches no case of the baseline in baselines/{MACHINE}")
+    code, text = fp4bench(*asked, "*.qkv.tp1-m16")
+    assert code == 0
+    assert text.splitlines()[-2] == f"2 cases leave the baseline: {CASES[0]}, {CASES[1]}"
+    assert "start anew" not in text
 
 
 def test_a_refusal_writes_nothing(fp4bench, tmp_path):

@@ -5,17 +5,19 @@ import json
 from datetime import date
 
 import pytest
-from recorded import CASES, MACHINE, edited, stored_run, write
+from recorded import CASES, MACHINE, edited, scaled, stored_run, timings, write
 
 from fp4bench.evidence.acceptance import AcceptError, accept, examine
 from fp4bench.evidence.baselines import BaselineError, accepted
+from fp4bench.evidence.histories import is_provisional
+from fp4bench.evidence.verdict import POLICIES, Outcome, judge
 
 TODAY = date(2026, 11, 21)
 
 
-def take(tmp_path, *runs, name="night", reason="the first ones", **options):
+def take(tmp_path, *runs, name="night", reason="the first ones", retire=(), **options):
     paths = [write(tmp_path / "runs" / f"{i:04}_x.json", run) for i, run in enumerate(runs, start=1)]
-    return accept(examine(paths, tmp_path / "baselines", **options), name, reason, TODAY)
+    return accept(examine(paths, tmp_path / "baselines", **options), name, reason, TODAY, retire)
 
 
 def test_runs_are_taken_in_order_with_name_reason_and_date(tmp_path):
@@ -157,3 +159,98 @@ def test_a_disk_that_fails_half_way_says_what_was_accepted(tmp_path, monkeypatch
     monkeypatch.setattr(storage, "store", failing)
     with pytest.raises(AcceptError, match=r"no space; accepted before that: .*0001_night\.json"):
         take(tmp_path, stored_run(1), stored_run(2))
+
+
+def changes(path):
+    said = json.loads(path.read_text(encoding="utf-8"))["fp4bench"]["accepted"]
+    return said.get("restarts"), said.get("retired")
+
+
+def without(run, *case_ids):
+    return run | {"benchmarks": [bench for bench in run["benchmarks"] if bench["name"] not in case_ids]}
+
+
+def outcome_of(tmp_path, run):
+    """Of the first case; the others are as they were."""
+    baseline = accepted(tmp_path / "baselines" / MACHINE, MACHINE).on("GPU-1", "paced", False)
+    verdicts = judge(baseline, timings(run), POLICIES)
+    assert {found.outcome for case_id, found in verdicts.items() if case_id != CASES[0]} == {Outcome.SAME}
+    return verdicts[CASES[0]].outcome, is_provisional(baseline, CASES[0])
+
+
+@pytest.mark.parametrize(("factor", "back"), [(1.05, Outcome.FASTER), (0.9, Outcome.REGRESSED)])
+def test_an_accepted_change_is_the_baseline(tmp_path, factor, back):
+    take(tmp_path, *(stored_run(number) for number in (1, 2, 3, 4)))
+    (path,) = take(tmp_path, scaled(stored_run(5), factor))
+    assert changes(path) == ([CASES[0]], None)
+    assert outcome_of(tmp_path, scaled(stored_run(6), factor)) == (Outcome.SAME, True)
+    assert outcome_of(tmp_path, stored_run(6)) == (back, True)
+
+
+def test_what_did_not_move_keeps_its_history(tmp_path):
+    assert {changes(path) for path in take(tmp_path, *(stored_run(number) for number in (1, 2, 3, 4)))} == {(None, None)}
+    (path,) = take(tmp_path, stored_run(5))
+    assert changes(path) == (None, None)
+    assert outcome_of(tmp_path, stored_run(6)) == (Outcome.SAME, False)
+
+
+def test_a_case_starts_anew_once_for_the_runs_that_are_accepted_together(tmp_path):
+    take(tmp_path, *(stored_run(number) for number in (1, 2, 3, 4)))
+    # The first does not hold the case, the other two do.
+    after = without(stored_run(5), CASES[0]), scaled(stored_run(6), 1.05), scaled(stored_run(7), 1.05)
+    assert [changes(path)[0] for path in take(tmp_path, *after)] == [None, [CASES[0]], None]
+    assert len(accepted(tmp_path / "baselines" / MACHINE, MACHINE).cases[CASES[0]]) == 2
+
+
+def test_a_run_moves_beside_runs_of_its_own_card(tmp_path):
+    def card(run, name):
+        return run | {"fp4bench": run["fp4bench"] | {"session": f"{name} {run['datetime'][:10]}"}}
+
+    take(tmp_path, *(card(scaled(stored_run(n), 1.05 if n > 3 else 1.0), "GPU-2" if n > 3 else "GPU-1") for n in range(1, 7)))
+    (path,) = take(tmp_path, card(scaled(stored_run(7), 1.05), "GPU-2"))
+    assert changes(path) == (None, None)
+    (path,) = take(tmp_path, card(scaled(stored_run(8), 1.05), "GPU-1"))
+    assert changes(path) == ([CASES[0]], None)
+
+
+def test_a_sustained_run_leaves_the_paced_baseline_alone(tmp_path):
+    take(tmp_path, *(stored_run(number) for number in (1, 2, 3, 4)))
+    sustained = stored_run(5)
+    for bench in sustained["benchmarks"]:
+        bench["stats"]["median"] *= 1.3
+        bench["extra_info"]["pace"] = "sustained"
+    (path,) = take(tmp_path, sustained)
+    assert changes(path) == (None, None)
+    assert outcome_of(tmp_path, stored_run(6)) == (Outcome.SAME, False)
+    assert outcome_of(tmp_path, scaled(stored_run(6), 1.05)) == (Outcome.REGRESSED, False)
+
+
+def test_cases_are_retired_by_name_and_glob(tmp_path):
+    take(tmp_path, stored_run(1), stored_run(2))
+    (path,) = take(tmp_path, without(stored_run(3), *CASES[:5]), retire=[CASES[0], "*.o.*"])
+    gone = [CASES[0], *(case_id for case_id in CASES if ".o." in case_id)]
+    assert changes(path) == (None, gone)
+    known = accepted(tmp_path / "baselines" / MACHINE, MACHINE).cases
+    # The run itself holds some of them: they start anew.
+    assert {case_id for case_id in CASES if case_id not in known} == set(gone) - set(CASES[5:])
+    assert len(known[CASES[5]]) == 1
+    assert len(known[CASES[1]]) == 2
+
+
+@pytest.mark.parametrize("globs", [["nothing*"], ["*", "nothing"]])
+def test_a_glob_that_matches_nothing_is_refused_and_nothing_is_written(tmp_path, globs):
+    with pytest.raises(AcceptError, match=r"--retire '\*' matches no case of the baseline"):
+        take(tmp_path, stored_run(1), retire=["*"])
+    take(tmp_path, stored_run(1))
+    with pytest.raises(AcceptError, match=r"--retire 'nothing\*?' matches no case"):
+        take(tmp_path, stored_run(2), retire=globs)
+    assert len(accepted(tmp_path / "baselines" / MACHINE, MACHINE).runs) == 1
+
+
+def test_a_paced_run_after_a_sustained_one_moves_beside_paced_ones(tmp_path):
+    sustained = stored_run(5)
+    for bench in sustained["benchmarks"]:
+        bench["extra_info"]["pace"] = "sustained"
+    take(tmp_path, *(stored_run(number) for number in (1, 2, 3, 4)), sustained)
+    (path,) = take(tmp_path, scaled(stored_run(6), 1.05))
+    assert changes(path) == ([CASES[0]], None)

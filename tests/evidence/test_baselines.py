@@ -1,12 +1,13 @@
 """Reading and refusing stored runs, and gathering them into a baseline."""
 
+import copy
 import json
 import time
 
 import pytest
-from recorded import CASES, MACHINE, edited, stored_run, write
+from recorded import CASES, MACHINE, cpu_timing, edited, stored_run, timing, write
 
-from fp4bench.evidence.baselines import BaselineError, accepted, card_of, find, load
+from fp4bench.evidence.baselines import BaselineError, accepted, card_of, find, load, way_of
 from fp4bench.evidence.record import FORMAT
 
 
@@ -147,6 +148,64 @@ def test_a_case_whose_work_or_clock_changed_starts_anew(tmp_path, key, value):
     baseline = accepted(tmp_path, MACHINE)
     assert [session[-2:] for session, _ in baseline.cases[CASES[0]]] == ["03", "04"]
     assert [session[-2:] for session, _ in baseline.cases[CASES[1]]] == ["01", "02", "03", "04"]
+
+
+def way_edited(run, **record):
+    run = copy.deepcopy(run)
+    for bench in run["benchmarks"]:
+        bench["extra_info"].update(record)
+    return run
+
+
+def days(baseline, case_id=CASES[0]):
+    return [session[-2:] for session, _ in baseline.cases.get(case_id, ())]
+
+
+def test_each_way_of_timing_has_a_baseline(tmp_path):
+    ways = {1: {}, 2: {}, 3: {"pace": "sustained"}, 4: {"l2": "warm"}, 5: {"l2": "cold_flush", "copies": 1}}
+    for number, record in ways.items():
+        write(tmp_path / f"{number:04}_a.json", way_edited(stored_run(number), **record))
+    baseline = accepted(tmp_path, MACHINE)
+    assert days(baseline) == ["05"]
+    assert days(baseline.on("GPU-1", "sustained", False)) == ["03"]
+    assert days(baseline.on("GPU-1", "paced", True)) == ["04"]
+    assert days(baseline.on("GPU-1", "sustained", True)) == []
+    (tmp_path / "0005_a.json").unlink()
+    assert days(accepted(tmp_path, MACHINE).on("GPU-1", "paced", False)) == ["01", "02"]
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_wall_clock_knows_no_warm_and_cold(tmp_path, warm):
+    write(tmp_path / "0001_a.json", way_edited(stored_run(1), clock="perf_counter", l2="warm"))
+    assert days(accepted(tmp_path, MACHINE).on("GPU-1", "paced", warm)) == ["01"]
+
+
+def test_the_way_of_several_timings():
+    cold, warm, wall = timing(1.0), timing(1.0, l2="warm"), cpu_timing(1.0)
+    assert way_of([cold, wall]) == ("paced", False)
+    assert way_of([warm, warm]) == ("paced", True)
+    assert way_of([wall]) == ("paced", None)
+    assert way_of([cold, warm, timing(1.0, pace="sustained")]) == (None, None)
+
+
+def test_what_moved_starts_anew_on_all_cards_and_only_as_it_was_timed(tmp_path):
+    write(tmp_path / "0001_a.json", stored_run(1, session="GPU-2 2026-11-01"))
+    write(tmp_path / "0002_a.json", way_edited(stored_run(2), pace="sustained"))
+    write(tmp_path / "0003_a.json", stored_run(3, accepted={"restarts": [CASES[0]]}))
+    write(tmp_path / "0004_a.json", stored_run(4))
+    baseline = accepted(tmp_path, MACHINE)
+    paced, sustained = baseline.on("GPU-1", "paced", False), baseline.on("GPU-1", "sustained", False)
+    assert (days(paced), days(paced, CASES[1])) == (["03", "04"], ["01", "03", "04"])
+    assert days(sustained) == ["02"]
+
+
+def test_what_was_retired_is_gone_until_a_run_holds_it_again(tmp_path):
+    write(tmp_path / "0001_a.json", stored_run(1))
+    write(tmp_path / "0002_a.json", stored_run(2, cases=CASES[1:], accepted={"retired": [CASES[0], "never was"]}))
+    assert CASES[0] not in accepted(tmp_path, MACHINE).cases
+    assert days(accepted(tmp_path, MACHINE), CASES[1]) == ["01", "02"]
+    write(tmp_path / "0003_a.json", stored_run(3))
+    assert days(accepted(tmp_path, MACHINE)) == ["03"]
 
 
 def test_one_run_is_found_by_its_number_or_path(tmp_path):

@@ -59,7 +59,15 @@ def test_once_not_slower_clears_a_case_and_is_said(gate):
 def test_both_witnesses_must_confirm(gate):
     run, _ = gate
     lower_clock = timing(1.04, cycles=1800e6, mhz=1731.0)
-    assert run({"a": 1.04}, {"a": [lower_clock] * 3})["a"].outcome is Outcome.SAME
+    verdict = run({"a": 1.04}, {"a": [lower_clock] * 3})["a"]
+    assert (verdict.outcome, verdict.reason) == (Outcome.INCONCLUSIVE, "one_witness")
+    assert "; slower when measured again, but not by cycles: 2 looks +4.0%, +4.0% (cycles +4.0%, +0.0%)" in verdict.detail
+
+
+def test_a_repetition_slower_by_the_second_witness_alone_clears_a_case(gate):
+    run, _ = gate
+    verdict = run({"a": 1.04}, {"a": [timing(1.0, cycles=1.04 * 1800e6)]})["a"]
+    assert (verdict.outcome, verdict.reason) == (Outcome.SAME, "not_confirmed")
 
 
 def test_the_mean_of_all_looks_must_pass_too(gate):

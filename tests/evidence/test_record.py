@@ -93,7 +93,7 @@ def test_bad_second_witnesses_are_refused(samples, message):
 
 
 def test_what_makes_timings_comparable_is_recorded():
-    assert FORMAT == 2
+    assert FORMAT == 3
     assert set(COMPARABLE) <= set(KEYS)
     assert {"pace", "cycles_q25", "cycles_q75", "event_seconds", "gap_s", "injected"} <= set(KEYS)
 

@@ -78,7 +78,10 @@ def test_a_summary_begins_with_counts_and_lists_the_worst_first(six_runs):
     (worst,) = [line.split() for line in lines if CASES[1] in line]
     then, here = (report.duration(t).split() for t in (mean_seconds(six_runs, CASES[1]), now[CASES[1]].median))
     assert worst[1:] == [*then, "->", *here, "+5.0%", "[+4.8%,", "+5.2%]"]
-    assert any("gone" in line and line.endswith("skipped: out of memory") for line in lines)
+    (index,) = [i for i, line in enumerate(lines) if "gone" in line and line.endswith("skipped: out of memory")]
+    assert lines[index + 1] == "  if they are gone for good: fp4bench accept RUN.json --retire 'ID-OR-GLOB' ..."
+    assert lines[index + 2] == ""
+    assert sum("--retire" in line for line in lines) == 1
 
 
 def test_every_regression_is_listed_and_ten_of_the_others(six_runs):
@@ -97,6 +100,14 @@ def test_the_command_that_accepts_is_there_to_be_typed(six_runs):
     assert any("--benchmark-save" in line for line in summary(six_runs, now, verdicts))
     assert not any("accept " in line for line in summary(six_runs, now, {"new": verdict(Outcome.SAME, 0.0)}))
     assert not any("accept " in line for line in summary(six_runs, now, invalid(verdicts, ["hot"])))
+
+
+def test_only_runs_timed_in_the_same_way_are_counted():
+    before = baseline({"a": timing(1.0)}, {"a": timing(1.0)}, {"a": timing(1.1, pace="sustained")})
+    now = {"a": timing(1.0)}
+    for pace, count in (("paced", "2 runs"), ("sustained", "1 run"), (None, "3 runs")):
+        text = "\n".join(summary(before.on("GPU-1", pace), now, {"a": verdict(Outcome.SAME, 0.0)}))
+        assert f"the baseline has {count} of 1 card" in text
 
 
 def test_an_invalid_run_lists_no_cases(six_runs):

@@ -317,7 +317,7 @@ def test_a_case_without_a_baseline_is_new():
 
 @pytest.mark.parametrize(
     "change",
-    [{"clock": "cuda_events"}, {"l2": "warm"}, {"flops": 2}, {"bytes": 2}, {"scale_rule": "even"}, {"pace": "sustained"}],
+    [{"clock": "perf_counter"}, {"l2": "warm"}, {"flops": 2}, {"bytes": 2}, {"scale_rule": "even"}, {"pace": "sustained"}],
     ids=str,
 )
 def test_other_work_or_another_clock_is_never_compared(change):
@@ -326,6 +326,30 @@ def test_other_work_or_another_clock_is_never_compared(change):
     (key, value) = next(iter(change.items()))
     assert verdict.detail.startswith(f"{key} was ")
     assert verdict.detail.endswith(f", is {value}")
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ("cuda_graph_stamps", "cuda_events"),
+        ("cuda_graph_stamps", "cuda_graph_events"),
+        ("cuda_graph_events", "cuda_events"),
+    ],
+)
+def test_a_case_that_can_no_longer_be_timed_alike_is_missing(then, now):
+    before = baseline({"a": timing(1.0, clock=then)})
+    # Events flush the L2 where graphs rotate copies.
+    found = judge(before, {"a": timing(9.0, clock=now, l2="cold_flush", copies=1)}, POLICIES)["a"]
+    assert (found.outcome, found.reason, found.change) == (Outcome.MISSING, "clock_changed", None)
+    assert found.detail.startswith(f"clock was {then}, is {now}: it can no longer be timed alike, for a kernel that waits for")
+    back = judge(baseline({"a": timing(1.0, clock=now)}), {"a": timing(1.0, clock=then)}, POLICIES)["a"]
+    assert (back.outcome, back.reason) == (Outcome.NEW, "not_comparable")
+
+
+@pytest.mark.parametrize("change", [{"flops": 2}, {"bytes": 2}, {"scale_rule": "even"}, {"pace": "sustained"}, {"l2": "warm"}])
+def test_other_work_on_a_worse_clock_is_new(change):
+    found = judge(baseline({"a": timing(1.0)}), {"a": timing(1.0, clock="cuda_events", **change)}, POLICIES)["a"]
+    assert (found.outcome, found.reason) == (Outcome.NEW, "not_comparable")
 
 
 def test_what_was_expected_and_is_not_there_is_missing():

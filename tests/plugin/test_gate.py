@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from project import CASES, COMPARE, FEW, MACHINE, Project, case_ids, prepared, processes, scale
 
-from fp4bench.evidence.record import KEYS
+from fp4bench.evidence.record import FORMAT, KEYS
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_stored_run_holds_its_cases_and_what_fp4bench_says_of_it(first):
     assert "hz_actual" not in json.dumps(run["machine_info"])  # pytest-benchmark's own, which changes from run to run
     assert case_ids(run) == CASES
     info = run["fp4bench"]
-    assert (info["format"], info["complete"], info["failed"], info["invalid"]) == (2, True, [], [])
+    assert (info["format"], info["complete"], info["failed"], info["invalid"]) == (FORMAT, True, [], [])
     assert info["session"].startswith(f"{MACHINE} 20")
     assert info["options"]["batch_sizes"] == ["1", "4"]
     assert info["ceilings"]["copy_gbps"] > 0
@@ -260,6 +260,23 @@ def test_skipped_and_vanished_cases_are_missing_and_fail_also_where_nothing_was_
         f"old-{CASES[0]}": "the provider paced no longer offers it",
     }
     assert len(result.lines("FAILED")) == 5
+
+
+def test_what_was_timed_in_another_way_is_not_compared(project):
+    def sustained(run):
+        for bench in run["benchmarks"]:
+            bench["extra_info"]["pace"] = "sustained"
+
+    project.edit_baseline(sustained)
+    result = project.run(*COMPARE, "--verdicts=v.json")
+    assert result.ret == 0
+    cases = json.loads((project.path / "v.json").read_text())["cases"]
+    assert {(row["outcome"], row["reason"]) for row in cases.values()} == {("NEW", "not_in_baseline")}
+
+
+def test_a_cpu_is_timed_in_one_way(project):
+    result = project.run(*COMPARE, "--sustained", "--warm")
+    assert "4 SAME against 0001_first" in result.text
 
 
 def test_deselected_cases_are_not_missing(project):
