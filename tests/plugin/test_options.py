@@ -80,11 +80,11 @@ def test_a_gpu_that_is_not_there_is_refused(project, pytester):
     ("content", "message"),
     [
         ('{"fp4bench": {"format"', "0001_first.json is truncated or not JSON"),
-        ('{"fp4bench": {"format": 1}, "machine_info": {"machine": "x"}}', "has format 1, and this fp4bench reads 2"),
+        ('{"fp4bench": {"format": 1}, "machine_info": {"machine": "x"}}', "has format 1, and this fp4bench reads 3"),
         (
             json.dumps(
                 {
-                    "fp4bench": {"format": 2, "session": "s"},
+                    "fp4bench": {"format": 3, "session": "s"},
                     "machine_info": {"machine": "NVIDIA-B200"},
                     "datetime": "2026",
                     "benchmarks": [],
