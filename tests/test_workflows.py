@@ -386,8 +386,8 @@ esac
 """
 
 # As `fp4bench report --markdown FILE` writes it: the verdict, to stdout.
-FP4BENCH = """#!/bin/sh
-test "$1 $2" = "report --markdown" && cat "$3"
+FP4BENCH = f"""#!/bin/sh
+PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} -m fp4bench "$@"
 """
 
 TOX = """#!/bin/sh

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fp4bench.evidence.storage import sync_folder
+
 
 class JournalError(OSError, ValueError):
     """A journal that cannot be written or read. One sentence: which file, what, what to do."""
@@ -44,7 +46,7 @@ class Journal:
         except JournalError:
             journal.discard()
             raise
-        _sync_folder(folder)
+        sync_folder(folder)
         return journal
 
     @classmethod
@@ -204,13 +206,3 @@ def _held(path: Path) -> bool:
 
 def _cannot_write(path: Path, error: OSError) -> str:
     return f"cannot write the journal {path} ({error.strerror}): free space there or mend it, then go on with --resume"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the new name on the disk too; not every filesystem can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from fp4bench.evidence.record import COMPARABLE
+from fp4bench.evidence.statistics import inverse_trigamma
 
 ALPHA = 0.05  # chance that any unchanged case of a comparison is called slower or faster
 FEWEST_PAIRS = 2  # with one there is no variance
@@ -151,7 +152,7 @@ def moderate(variances: Floats, freedom: Floats) -> tuple[Floats, Floats]:
     logs = np.log(variances) - special.digamma(freedom / 2) + np.log(freedom / 2)
     spread = float(logs.var(ddof=1) - special.polygamma(1, freedom / 2).mean())
     # No more spread than chance gives: one variance for all, known as well as all pairs together know it.
-    prior_freedom = min(2 * _inverse_trigamma(spread) if spread > 0 else math.inf, float(freedom.sum()))
+    prior_freedom = min(2 * inverse_trigamma(spread) if spread > 0 else math.inf, float(freedom.sum()))
     prior = math.exp(logs.mean() + special.digamma(prior_freedom / 2) - math.log(prior_freedom / 2))
     moderated = (prior_freedom * prior + freedom * variances) / (prior_freedom + freedom)
     alone = variances / prior > stats.f.ppf(0.99, freedom, prior_freedom)
@@ -163,18 +164,6 @@ def holm(p: Floats) -> Floats:
     rising = np.argsort(p)
     adjusted = np.maximum.accumulate(p[rising] * np.arange(len(p), 0, -1))
     return np.minimum(adjusted[np.argsort(rising)], 1.0)
-
-
-def _inverse_trigamma(value: float) -> float:
-    """Newton's method on 1/trigamma, which is nearly a line: it converges from 0.5 + 1/value (Smyth 2004, appendix)."""
-    x = 0.5 + 1 / value
-    for _ in range(50):
-        now = float(special.polygamma(1, x))
-        step = now * (1 - now / value) / float(special.polygamma(2, x))
-        x += step
-        if -step / x < 1e-8:
-            break
-    return x
 
 
 def _decide(effect: float, half: float, p: float, floor: float) -> Outcome:

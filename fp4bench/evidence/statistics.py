@@ -101,11 +101,11 @@ def fit_prior(spreads: Iterable[Spread]) -> Prior | None:
     excess = float(np.var(e, ddof=1) - np.mean(special.polygamma(1, freedom / 2)))
     if excess <= 0:
         return Prior(float(np.mean(variance)), inf)
-    half = _inverse_trigamma(excess)
+    half = inverse_trigamma(excess)
     return Prior(float(np.exp(np.mean(e) + special.digamma(half) - np.log(half))), 2 * half)
 
 
-def _inverse_trigamma(y: float) -> float:
+def inverse_trigamma(y: float) -> float:
     """The x whose trigamma is y, by Newton's method on 1 / trigamma, which is nearly linear (Smyth 2004, appendix)."""
     if y > 1e7:
         return 1 / sqrt(y)

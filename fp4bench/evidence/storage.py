@@ -65,7 +65,7 @@ def _store(folder: Path, name: str, run: str, samples: str) -> Path:
                 if _highest(folder) < number:  # else one that had reserved it is done meanwhile
                     with _created(side, samples) if samples else nullcontext():
                         _publish_both(temporary, path, side if samples else None)
-                    _sync_folder(folder)
+                    sync_folder(folder)
                     return path
         except FileExistsError:
             continue
@@ -172,7 +172,7 @@ def _refuse_misfits(value: Any, at: str) -> None:
         raise ValueError(f"{at} is a {type(value).__name__}, which JSON does not know: store a number or a text")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Put the new name on the disk too; not every filesystem can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -115,6 +115,7 @@ class Run:
             "ceilings": conditions.ceilings,
             "snapshot": conditions.snapshot,
             "idle": conditions.idle,
+            "no_stamps": conditions.no_stamps,
         }
         self._note(conditions=entry)
         self.conditions.append(entry)

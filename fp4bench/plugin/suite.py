@@ -419,6 +419,7 @@ class Suite:
             "left_out": len(self.tally.left_out),
             "invalid": self.invalid,
             "options": self.asked,
+            "no_stamps": self.run.conditions[0]["no_stamps"] if self.run.conditions else None,
             "ceilings": self.run.ceilings(),
             "canaries": self.run.canaries(),
             "wall_s": round(self.run.seconds, 1),
