@@ -3,16 +3,21 @@
 Library products and a copy, large enough to fill the chip, and a chain of tiny kernels that waits for launches alone.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fp4bench.devices import Device
 from fp4bench.timing.clock import Call, Clock, CpuClock, Measurement
 from fp4bench.timing.pacing import PACED
+
+if TYPE_CHECKING:
+    from fp4bench.timing.graphs import GraphMemory
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ def _runs(canary: Canary) -> bool:
     return True
 
 
-def canary_clock(device: Device) -> Clock:
-    """A clock that spends some 0.07 s on a canary: what it looks for is percents."""
+def canary_clock(device: Device, memory: GraphMemory | None = None) -> Clock:
+    """A clock that spends some 0.07 s on a canary: what it looks for is percents. memory: of a GPU's graphs."""
     if not device.is_cuda:
         clock = CpuClock()
         clock.budget_seconds = 0.03
@@ -63,7 +68,7 @@ def canary_clock(device: Device) -> Clock:
     from fp4bench.timing.cuda_clock import CudaClock
 
     # Operands beyond the L2 need no rotation, and the chain's are meant to be warm.
-    return CudaClock(device, replace(PACED, fewest=5, most=5), warm=True)
+    return CudaClock(device, replace(PACED, fewest=5, most=5), warm=True, memory=memory)
 
 
 def read(canary: Canary, clock: Clock) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """How long one call takes: one interface, a clock for CPUs; those for CUDA are in cuda_clock.py."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fp4bench.devices import Device
+
+if TYPE_CHECKING:
+    from fp4bench.timing.graphs import GraphMemory
 
 Call = Callable[[], Any]
 
@@ -52,14 +57,17 @@ class Clock(Protocol):
         ...
 
 
-def clock_for(device: Device, pace: str = "paced", warm: bool = False) -> Clock:
-    """The clock of a device. On a CPU there is one pace, and operands are as warm as repeated calls leave them."""
+def clock_for(device: Device, pace: str = "paced", warm: bool = False, memory: GraphMemory | None = None) -> Clock:
+    """The clock of a device. On a CPU there is one pace, and operands are as warm as repeated calls leave them.
+
+    memory: of a GPU's graphs; None for a pool for each.
+    """
     if not device.is_cuda:
         return CpuClock()
     from fp4bench.timing.cuda_clock import CudaClock
     from fp4bench.timing.pacing import PACES
 
-    return CudaClock(device, PACES[pace], warm)
+    return CudaClock(device, PACES[pace], warm, memory)
 
 
 class CpuClock:

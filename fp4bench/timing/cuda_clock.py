@@ -8,7 +8,7 @@ import torch
 
 from fp4bench.devices import Device
 from fp4bench.timing.clock import Call, Measurement
-from fp4bench.timing.graphs import Reading, TimedGraph, copies_needed, kernels_of, must_flush, stamps_available
+from fp4bench.timing.graphs import GraphMemory, Reading, TimedGraph, copies_needed, kernels_of, must_flush, stamps_available
 from fp4bench.timing.pacing import Pace, take
 
 # More nodes than this make capture and instantiation slower than what is measured: 10,000 launches take some 0.1 s.
@@ -20,10 +20,13 @@ class CudaClock:
 
     Several calls fill a sample. They work on copies of the operands that exceed the L2 together, or, where they are too small
     for that, the L2 is overwritten before each call. A warm clock does neither.
+
+    memory: the pool that its graphs share, or None for one of their own.
     """
 
-    def __init__(self, device: Device, pace: Pace, warm: bool = False) -> None:
+    def __init__(self, device: Device, pace: Pace, warm: bool = False, memory: GraphMemory | None = None) -> None:
         assert device.l2_bytes is not None
+        self._memory = memory
         self._device, self._l2_bytes, self._pace, self._warm = device, device.l2_bytes, pace, warm
         self._flush = torch.empty(0 if warm else 2 * device.l2_bytes, dtype=torch.int8, device=device.torch_name)
 
@@ -36,11 +39,13 @@ class CudaClock:
             flush = self._flush if not self._warm and must_flush(bytes_touched, self._l2_bytes) else None
             stream = torch.cuda.current_stream()
             try:
-                once = TimedGraph(calls, 1, self._device, flush)
+                once = TimedGraph(calls, 1, self._device, flush, memory=self._memory)
             except RuntimeError as error:
                 if not _not_capturable(error):
                     raise
                 torch.cuda.set_stream(stream)  # a capture that failed leaves its own behind
+                if self._memory:
+                    self._memory.abandon()
                 return self._measure_eagerly(calls[0], slowdown)
             return self._measure_graphs(once, calls, flush, slowdown)
 
@@ -51,12 +56,12 @@ class CudaClock:
         seconds = once.read().seconds
         rounds = max(1, min(round(self._pace.burst_seconds / seconds), _MOST_CALLS) // len(calls))
         delay = max(0.0, slowdown * seconds * rounds * len(calls) - self._spin_overhead) if slowdown else 0.0
-        graph = once if rounds == 1 and not slowdown else TimedGraph(calls, rounds, self._device, flush, delay)
+        graph = once if rounds == 1 and not slowdown else TimedGraph(calls, rounds, self._device, flush, delay, self._memory)
         del once
         readings, gap = take(graph.read, self._pace)
         l2 = "warm" if self._warm else "cold" if flush is None else "cold_flush"
         timed = self._measurement(readings, graph.calls, l2)
-        return replace(timed, copies=len(calls), gap_seconds=gap, kernels=kernels_of(calls[0]))
+        return replace(timed, copies=len(calls), gap_seconds=gap, kernels=kernels_of(calls[0], self._memory))
 
     def _measurement(self, readings: Sequence[Reading], calls: int, l2: str) -> Measurement:
         stamped = stamps_available(self._device)

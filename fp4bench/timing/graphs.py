@@ -51,6 +51,30 @@ class Reading:
         return None if self.cycles is None else self.cycles / self.seconds * 1e-6
 
 
+class GraphMemory:
+    """One memory pool for all graphs of a clock, reserved before the first: where their outputs lie does not depend on which
+    graphs there were before. Graphs of one pool must not need each other's outputs. After a capture that failed there is none.
+    """
+
+    def __init__(self, size: int, device: str) -> None:
+        self.handle: Any = torch.cuda.graph_pool_handle()
+        # The pool lives as long as a graph that was captured in it.
+        self._keeper = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._keeper, pool=self.handle, capture_error_mode="thread_local"):
+            block = torch.empty(size, dtype=torch.int8, device=device)
+            # Up to 1 MiB the allocator takes from segments of 2 MiB, apart from larger ones.
+            small = [torch.empty(1 << 20, dtype=torch.int8, device=device) for _ in range(_SMALL_BLOCKS)]
+            small[0].zero_()  # an empty graph is warned of
+        del block, small
+
+    def abandon(self) -> None:
+        """Let each graph have a pool of its own: torch takes one in which a capture failed for being captured still."""
+        self.handle = None
+
+
+_SMALL_BLOCKS = 64
+
+
 class TimedGraph:
     """`rounds` rounds of all calls in one graph. `read` replays it once.
 
@@ -59,7 +83,13 @@ class TimedGraph:
     """
 
     def __init__(
-        self, calls: Sequence[Call], rounds: int, device: Device, flush: torch.Tensor | None = None, delay: float = 0.0
+        self,
+        calls: Sequence[Call],
+        rounds: int,
+        device: Device,
+        flush: torch.Tensor | None = None,
+        delay: float = 0.0,
+        memory: GraphMemory | None = None,
     ) -> None:
         assert device.sm_count is not None
         self.calls = len(calls) * rounds
@@ -67,7 +97,7 @@ class TimedGraph:
         self._stamps = _stamps(self.calls if flush is not None else 1, device)
         self._graph = torch.cuda.CUDAGraph()
         self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=memory.handle if memory else None, capture_error_mode="thread_local"):
             self._capture(calls, rounds, delay)
         torch.cuda.synchronize()
 
@@ -147,14 +177,14 @@ def _stamps(pairs: int, device: Device) -> Any:
 _MOST_NAMES = 8
 
 
-def kernels_of(call: Call) -> tuple[str, ...] | None:
+def kernels_of(call: Call, memory: GraphMemory | None = None) -> tuple[str, ...] | None:
     """`name(grid)x(block)` of the kernels of one call, in the graph's order; None where the CUDA bindings are not installed."""
     try:
         from cuda.bindings import driver
     except ModuleNotFoundError:
         return None
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=memory.handle if memory else None, capture_error_mode="thread_local"):
         kept = call()
     del kept
     raw = driver.CUgraph(graph.raw_cuda_graph())

@@ -15,7 +15,7 @@ from fp4bench.devices import find_device
 from fp4bench.evidence.record import make_record
 from fp4bench.timing.canaries import Canary, canaries, canary_clock, ceilings, read
 from fp4bench.timing.clock import Call, Measurement, clock_for
-from fp4bench.timing.graphs import no_stamps
+from fp4bench.timing.graphs import GraphMemory, no_stamps
 from fp4bench.timing.telemetry import Telemetry
 
 
@@ -69,18 +69,17 @@ class Measurer:
     """Serves requests on one device.
 
     Where operands lie in memory changes times by percents (FP8 at m = 1 by 6 %, NVIDIA H200). So that a case meets the same
-    places in every process, whatever ran before it, all operands come from one arena; what stays for good is allocated first,
-    and every case finds the rest empty.
+    places in every process, whatever ran before it, all operands come from one arena, and what graphs allocate from another;
+    what stays for good is allocated first, and every case finds the rest empty.
     """
 
     def __init__(self, device: str, pace: str = "paced", warm: bool = False) -> None:
         self._device = find_device(device)
         # Before this process has a context on the GPU, so that whoever is there is someone else.
         self._telemetry = Telemetry.open(self._device)
-        if self._device.is_cuda:
-            _reserve(self._device.torch_name)
-        self._clock = clock_for(self._device, pace, warm)
-        self._canary_clock = canary_clock(self._device)
+        memory = _reserve(self._device.torch_name) if self._device.is_cuda else None
+        self._clock = clock_for(self._device, pace, warm, memory)
+        self._canary_clock = canary_clock(self._device, memory)
         self._inputs: tuple[Any, list[Any]] = (None, [])
         self._canaries: tuple[Canary, ...] = canaries(self._device)
         if self._device.is_cuda:
@@ -173,10 +172,14 @@ class Measurer:
             torch.cuda.empty_cache()
 
 
-def _reserve(device: str) -> None:
-    """Let torch's allocator hold one block of half the free memory, of which it then gives parts."""
+def _reserve(device: str) -> GraphMemory:
+    """Let torch's allocator hold a block of half the free memory, of which it then gives parts, and graphs one of a sixth."""
     free, _ = torch.cuda.mem_get_info(device)
     torch.empty(free // 2, dtype=torch.int8, device=device)  # its memory stays with the allocator
+    # Up to 1 MiB it gives from segments of 2 MiB: enough of them that no case adds one.
+    small = [torch.empty(1 << 20, dtype=torch.int8, device=device) for _ in range(64)]
+    del small
+    return GraphMemory(free // 6, device)
 
 
 def _make_workspaces(device: str, canaries: Sequence[Canary]) -> None:

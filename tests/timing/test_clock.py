@@ -136,3 +136,16 @@ def test_what_cannot_be_captured_is_timed_by_events(cuda_clock):
 def test_an_error_of_the_call_is_not_taken_for_one_of_capturing(cuda_clock):
     with pytest.raises(ZeroDivisionError):
         cuda_clock.measure([lambda: 1 / 0], 8)
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_a_shared_memory_usable():
+    import torch
+
+    from fp4bench.timing.graphs import GraphMemory
+
+    device = find_device("cuda")
+    clock = clock_for(device, memory=GraphMemory(1 << 28, device.torch_name))
+    x = torch.randn(1 << 20, device="cuda")
+    assert clock.measure([lambda: x.sum().item()], x.nbytes).clock == "cuda_events"
+    assert clock.measure([lambda: x.sum()], x.nbytes).clock == "cuda_graph_stamps"

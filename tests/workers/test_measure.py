@@ -61,7 +61,7 @@ def case(provider, m=4, k=64):
 @pytest.fixture
 def measurer(monkeypatch):
     clock = Rotating()
-    monkeypatch.setattr(measure, "clock_for", lambda device, pace, warm: clock)
+    monkeypatch.setattr(measure, "clock_for", lambda device, pace, warm, memory: clock)
     made = Measurer("cpu")
     made.clock = clock
     return made
