@@ -29,8 +29,9 @@ KEYS = (
 # Two measurements of a case are comparable only where these agree: the work, and how it was timed.
 COMPARABLE = ("flops", "bytes", "scale_rule", "clock", "l2", "copies", "pace")
 
-# Modes whose activations have 8 bits, so that the rate of 8-bit matrix units bounds them; the others are held to 16 bits.
-_FP8_MODES = ("fp8", "w4a8")
+# Modes whose activations have 8 bits or 4, held to the rate of 8-bit matrix units: Hopper has no smaller ones, and where there
+# are 4-bit ones, which have no ceiling yet, a fraction may exceed 1. The others are held to 16 bits.
+_FP8_MODES = ("fp8", "w4a8", "w4a4", "w4a4_noquant")
 
 
 def make_record(

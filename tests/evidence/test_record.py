@@ -105,7 +105,7 @@ CEILINGS = {"copy_gbps": 4000.0, "bf16_tflops": 800.0, "fp8_tflops": 1600.0}
     ("mode", "flops", "moved", "ceilings", "fraction"),
     [
         pytest.param("w4a16", 8e9, 4e6, CEILINGS, 0.5, id="compute-bound"),
-        pytest.param("w4a4", 8e9, 4e6, CEILINGS, 0.5, id="no-ceiling-of-its-own"),
+        pytest.param("w4a4", 8e9, 4e6, CEILINGS, 0.25, id="fp4-through-fp8-units"),
         pytest.param("fp8", 8e9, 4e6, CEILINGS, 0.25, id="fp8-at-the-fp8-rate"),
         pytest.param("w4a8", 8e9, 4e6, CEILINGS, 0.25, id="fp8-activations"),
         pytest.param("w4a16", 8e6, 64e6, CEILINGS, 0.8, id="memory-bound"),
