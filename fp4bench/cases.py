@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from fp4bench.devices import Device
 from fp4bench.formats import FORMATS, BlockFormat, ScaleRule
 from fp4bench.models import Layer, Model, get_model, layers, model_names
-from fp4bench.problems import BATCH_SIZES, MODES, GemmProblem, Mode, Problem, QuantizeProblem
+from fp4bench.problems import BATCH_SIZES, MODES, Accumulation, GemmProblem, Mode, Problem, QuantizeProblem
 from fp4bench.providers import Provider, providers, why_not
 
 HADAMARD_SIZES = (16, 32, 64, 128)
@@ -55,6 +55,11 @@ class Case:
             "bytes": problem.bytes,
         }
 
+    def accumulation(self, device: Device) -> Accumulation | None:
+        """How its products are added up on `device`, where the provider says so; None: as the mode says."""
+        of_provider = getattr(self.provider, "accumulation", None)
+        return of_provider(self.problem, device) if of_provider and isinstance(self.problem, GemmProblem) else None
+
     def why_not(self, device: Device) -> str | None:
         """What keeps the case from running on `device`, or None."""
         return why_not(self.provider, self.problem, device)
@@ -81,8 +86,9 @@ class Selection:
     providers: tuple[Provider, ...]
 
 
-# What runs when an option is not given. On a CPU: what two cores do in 90 seconds. On a GPU: the reference benchmarks' model,
-# from decode to prefill.
+# What runs when an option is not given. On a CPU: what two cores do in 90 seconds, by the providers that need no GPU. On a GPU:
+# the reference benchmarks' model, from decode to prefill, by every installed provider; activations that come quantized
+# (w4a4_noquant) would make a third more cases, and say what w4a4 and the quantizations say together.
 _CPU_DEFAULTS: dict[str, Sequence[str]] = {
     "models": ["llama3.2-1b"],
     "tp_sizes": ["1"],
@@ -90,14 +96,14 @@ _CPU_DEFAULTS: dict[str, Sequence[str]] = {
     "had_sizes": ["none", "64"],
     "formats": ["all"],
     "modes": ["bf16", "w4a16", "w4a4"],
-    "providers": ["all"],
+    "providers": ["torch", "eager"],
     "limit_k": [],
     "limit_n": [],
 }
 _GPU_DEFAULTS = _CPU_DEFAULTS | {
     "models": ["llama3.3-70b"],
     "batch_sizes": ["1", "64", "1024"],
-    "modes": ["all"],
+    "modes": ["bf16", "fp8", "w4a16", "w4a8", "w4a4"],
 }
 
 
@@ -106,8 +112,8 @@ def select(options: Mapping[str, Sequence[str]], device: Device) -> Selection:
 
     Lists of what is known take "all". Raises ValueError, one sentence, for what is unknown and for limits that leave no layer.
     """
-    asked = {**(_GPU_DEFAULTS if device.is_cuda else _CPU_DEFAULTS), **options}
     known = providers()
+    asked = {**(_GPU_DEFAULTS | _installed(known) if device.is_cuda else _CPU_DEFAULTS), **options}
     return Selection(
         shards=_shards(asked),
         batch_sizes=_pick(asked, "batch_sizes", BATCH_SIZES, _positive("batch size")),
@@ -116,6 +122,10 @@ def select(options: Mapping[str, Sequence[str]], device: Device) -> Selection:
         modes=_pick(asked, "modes", MODES.values(), _by_name("mode", MODES)),
         providers=_pick(asked, "providers", known.values(), _by_name("provider", known)),
     )
+
+
+def _installed(known: Mapping[str, Provider]) -> dict[str, Sequence[str]]:
+    return {"providers": [name for name, provider in known.items() if provider.version is not None]}
 
 
 def gemm_cases(selection: Selection) -> Iterator[Case]:

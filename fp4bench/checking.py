@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fp4bench.formats import ScaleRule, e2m1
-from fp4bench.problems import GemmInputs, GemmProblem, Problem, QuantizeProblem
+from fp4bench.problems import Accumulation, GemmInputs, GemmProblem, Problem, QuantizeProblem
 from fp4bench.quantize import Quantized, quantize, quantize_fp8_rows
 from fp4bench.reference import Operand, quantize_by_formula, values
 
@@ -39,23 +39,26 @@ class Agreement:
 Check = Callable[[Any], Agreement]
 
 
-def check(problem: Problem, inputs: Any, rule: ScaleRule | None, out: Any) -> Agreement:
+def check(
+    problem: Problem, inputs: Any, rule: ScaleRule | None, out: Any, accumulation: Accumulation | None = None
+) -> Agreement:
     """Compare `out` with the reference of `problem` on `inputs`, as `checker` does."""
-    return checker(problem, inputs, rule)(out)
+    return checker(problem, inputs, rule, accumulation)(out)
 
 
-def checker(problem: Problem, inputs: Any, rule: ScaleRule | None) -> Check:
+def checker(problem: Problem, inputs: Any, rule: ScaleRule | None, accumulation: Accumulation | None = None) -> Check:
     """What compares outputs with the reference of `problem`; `fp4bench.quantize` makes a GEMM's FP4 operands, by `rule`.
 
-    The reference is computed once, however many outputs are compared. The check raises WrongResultError that names the first
-    element that is wrong or not finite.
+    accumulation: how a GEMM's products are added up, by default as its mode says; it bounds how far from the reference an
+    output may be. The reference is computed once, however many outputs are compared. The check raises WrongResultError that
+    names the first element that is wrong or not finite.
     """
     if isinstance(problem, QuantizeProblem):
         return _quantized_checker(problem, inputs)
-    return _gemm_checker(problem, inputs, rule)
+    return _gemm_checker(problem, inputs, rule, accumulation or problem.mode.accumulation)
 
 
-def _gemm_checker(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | None) -> Check:
+def _gemm_checker(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | None, accumulation: Accumulation) -> Check:
     x = values(_operand(problem, problem.mode.activations, inputs.x, rule))
     w = values(_operand(problem, problem.mode.weights, inputs.w, rule))
     rows = _spread(problem.m, _REFERENCE_FLOPS[x.device.type] / (4 * problem.n * problem.k), x.device)
@@ -63,7 +66,7 @@ def _gemm_checker(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | No
     want, spread = x @ w.T, (x.square() @ w.square().T).sqrt()
     # A sum that cancels to 0 leaves float64's own roundings of decoded NVFP4 values.
     want = torch.where(want.abs() < 2.0**-40 * spread, 0.0, want)
-    bound = _rounding_bound(problem, want, spread)
+    bound = _rounding_bound(problem.k, accumulation, want, spread)
 
     def check(out: torch.Tensor) -> Agreement:
         if out.shape != (problem.m, problem.n) or out.dtype != torch.bfloat16:
@@ -82,14 +85,14 @@ def _gemm_checker(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | No
     return check
 
 
-def _rounding_bound(problem: GemmProblem, want: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """How far from the reference right hardware may be, by element; `spread` is the root of the sum of squared terms."""
+def _rounding_bound(k: int, accumulation: Accumulation, want: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """How far from the reference right hardware may be, by element; `spread` is the root of the sum of k squared terms."""
     # Products of decoded operands are exact in float32. An addition to a partial sum s errs by at most u |s|, and the errors of
     # many behave like a random walk (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019); so do the partial sums of our random
     # inputs, which stay within 6 times the spread. Hence 6 u sqrt(additions) * 6 spread, and for the store bfloat16's unit
     # roundoff, 2**-8.
-    additions = max(1.0, problem.k / problem.mode.terms_per_addition)
-    summation = 36 * 2.0**-problem.mode.sum_bits * additions**0.5 * spread
+    additions = max(1.0, k / accumulation.terms)
+    summation = 36 * 2.0**-accumulation.bits * additions**0.5 * spread
     return summation + 2.0**-8 * (want.abs() + summation)
 
 

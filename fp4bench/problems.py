@@ -15,19 +15,31 @@ BATCH_SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384
 
 
 @dataclass(frozen=True)
+class Accumulation:
+    """How hardware adds products up, which bounds its error: `terms` at once, and `bits` kept of their sum."""
+
+    bits: int
+    terms: int
+
+
+FLOAT32_SUMS = Accumulation(bits=24, terms=1)
+# Hopper's tensor cores on FP8 operands (DeepSeek-V3, arXiv 2412.19437, section 3.5.2).
+FP8_SUMS = Accumulation(bits=14, terms=32)
+
+
+@dataclass(frozen=True)
 class Mode:
     """What a GEMM's operands are made of, and whether its timed region quantizes the activations.
 
-    `sum_bits` and `terms_per_addition` bound the error of right hardware: sums in float32 (24 bits) one term at a time, but for
-    FP8 operands: Hopper's tensor cores add 32 products at once and keep 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.5.2).
+    accumulation: the least exact sums that right hardware has for such operands. A provider that computes a mode by others says
+    so (`fp4bench.providers.Provider`).
     """
 
     name: str
     weights: str  # "fp4", "fp8" or "bf16"
     activations: str
     quantizes: bool = False
-    sum_bits: int = 24
-    terms_per_addition: int = 1
+    accumulation: Accumulation = FLOAT32_SUMS
 
     def __str__(self) -> str:
         return self.name
@@ -35,10 +47,10 @@ class Mode:
 
 W4A4 = Mode("w4a4", "fp4", "fp4", quantizes=True)
 W4A4_NOQUANT = Mode("w4a4_noquant", "fp4", "fp4")
-W4A8 = Mode("w4a8", "fp4", "fp8", quantizes=True, sum_bits=14, terms_per_addition=32)
+W4A8 = Mode("w4a8", "fp4", "fp8", quantizes=True, accumulation=FP8_SUMS)
 W4A16 = Mode("w4a16", "fp4", "bf16")
 BF16 = Mode("bf16", "bf16", "bf16")
-FP8 = Mode("fp8", "fp8", "fp8", sum_bits=14, terms_per_addition=32)
+FP8 = Mode("fp8", "fp8", "fp8", accumulation=FP8_SUMS)
 
 MODES = {mode.name: mode for mode in (BF16, FP8, W4A16, W4A8, W4A4, W4A4_NOQUANT)}
 

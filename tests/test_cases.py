@@ -4,8 +4,11 @@ from itertools import pairwise
 
 import pytest
 
-from fp4bench.cases import gemm_cases, quantize_cases, select
+from fp4bench.cases import Case, gemm_cases, quantize_cases, select
 from fp4bench.devices import Device, find_device
+from fp4bench.formats import MXFP4, ScaleRule
+from fp4bench.problems import FP8_SUMS, W4A4, GemmProblem, QuantizeProblem
+from fp4bench.providers import providers
 
 CPU = find_device("cpu")
 H200 = Device("cuda:0", "NVIDIA H200", (9, 0), sm_count=132, l2_bytes=60 << 20)
@@ -26,9 +29,23 @@ def test_the_cpu_set_is_llama_1b_in_both_formats():
 
 
 def test_the_gpu_set_is_llama_70b():
-    cases = ids(gemm_cases(select({}, H200)))
+    cases = ids(gemm_cases(select({"providers": ["torch", "eager"]}, H200)))
+    # 4 layers x 3 batch sizes x (bf16, fp8, and per format w4a16, w4a8, w4a4 with and without rotation)
+    assert len(cases) == 4 * 3 * (2 + 2 * 4)
     assert "gemm-fp8-torch-llama3.3-70b.gate_up.tp1-m1024" in cases
     assert not [case for case in cases if "llama3.3-70b" not in case]
+
+
+def test_a_provider_that_is_not_installed_is_left_out_unless_it_is_named(monkeypatch):
+    class Absent:
+        name, version, ops, modes, rules = "absent", None, ("gemm",), ("w4a16",), {"mxfp4": (ScaleRule.FLOOR,)}
+
+    known = providers()
+    monkeypatch.setattr("fp4bench.cases.providers", lambda: known | {"absent": Absent()})
+    chosen = [provider.name for provider in select({}, H200).providers]
+    assert chosen == [name for name, provider in known.items() if provider.version]
+    assert "absent" in [provider.name for provider in select({"providers": ["all"]}, H200).providers]
+    assert [provider.name for provider in select({}, CPU).providers] == ["torch", "eager"]
 
 
 def test_the_full_grid_has_thousands_of_distinct_ids():
@@ -87,3 +104,20 @@ def test_what_is_not_known_is_refused_in_one_sentence(option, value, message):
     with pytest.raises(ValueError, match=message) as refusal:
         select({option: [value]}, CPU)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_provider_may_say_how_it_adds_up():
+    class Coarse:
+        name, version, ops, modes, rules = "coarse", "1", ("gemm", "quantize"), ("w4a4",), {"mxfp4": (ScaleRule.FLOOR,)}
+
+        def accumulation(self, problem, device):
+            return FP8_SUMS if device.is_cuda and problem.m > 1 else None
+
+    def case(m, provider):
+        return Case(GemmProblem("tiny", "fc", 1, m, 64, 64, W4A4, MXFP4), provider)
+
+    assert case(8, Coarse()).accumulation(H200) == FP8_SUMS
+    assert case(1, Coarse()).accumulation(H200) is case(8, Coarse()).accumulation(CPU) is None
+    assert case(8, providers()["eager"]).accumulation(H200) is None
+    quantization = QuantizeProblem("tiny", "fc", 1, 8, 64, MXFP4, ScaleRule.FLOOR)
+    assert Case(quantization, Coarse()).accumulation(H200) is None

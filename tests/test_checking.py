@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fp4bench import checking
 from fp4bench.checking import Agreement, WrongResultError, check
 from fp4bench.formats import FORMATS, MXFP4, NVFP4, ScaleRule, e2m1
-from fp4bench.problems import BF16, FP8, W4A4, W4A4_NOQUANT, W4A8, W4A16, GemmInputs, GemmProblem, QuantizeProblem
+from fp4bench.problems import BF16, FP8, FP8_SUMS, W4A4, W4A4_NOQUANT, W4A8, W4A16, GemmInputs, GemmProblem, QuantizeProblem
 from fp4bench.quantize import Quantized, quantize, quantize_fp8_rows
 from fp4bench.reference import quantize_by_formula, values
 
@@ -100,6 +100,31 @@ def test_an_output_within_the_bound_is_not_called_exact():
     assert check(problem, inputs, None, out).exact
     out.view(torch.int16).view(-1)[out.abs().argmin()] += 1  # the smallest sum is the least sure
     assert not check(problem, inputs, None, out).exact
+
+
+def sums_of_14_bits(x, w):
+    """As Hopper's FP8 tensor cores: 32 products at once, and of the sum so far 14 bits. float64 (m, k), (n, k) -> (m, n)."""
+    total = torch.zeros(len(x), len(w), dtype=torch.float64)
+    for k in range(0, x.shape[1], 32):
+        total += x[:, k : k + 32] @ w[:, k : k + 32].T
+        mantissa, exponent = torch.frexp(total)
+        total = torch.ldexp((mantissa * 2**14).trunc() * 2.0**-14, exponent)
+    return total
+
+
+@pytest.mark.parametrize("mode", [W4A4, W4A4_NOQUANT], ids=str)
+def test_less_exact_sums_are_refused_unless_the_provider_says_so(mode):
+    problem = gemm_problem(mode, MXFP4, k=2048)
+    inputs = problem.inputs()
+    # Blocks of one size fit into 14 bits, sums and all: these differ.
+    inputs.x.mul_(torch.exp2(torch.arange(2048) // 32 % 8.0))
+    out = sums_of_14_bits(*(values(quantize(t, MXFP4)) for t in (inputs.x, inputs.w))).bfloat16()
+    with pytest.raises(WrongResultError, match="output is wrong"):
+        check(problem, inputs, None, out)
+    agreement = check(problem, inputs, None, out, FP8_SUMS)
+    assert not agreement.exact
+    with pytest.raises(WrongResultError, match="output is wrong"):  # the wider bound still sees what is missing
+        check(problem, inputs, None, right_output(problem, GemmInputs(inputs.x, inputs.w.roll(1, 1))), FP8_SUMS)
 
 
 @pytest.mark.parametrize("m", [1, 2])

@@ -49,7 +49,7 @@ def test_every_case_is_right_and_runs_in_a_cuda_graph(case):
         pytest.skip(reason)
     inputs = case.problem.inputs("cuda")
     call = case.provider.prepare(case.problem, inputs)
-    check(case.problem, inputs, case.rule, call())
+    check(case.problem, inputs, case.rule, call(), case.accumulation(find_device()))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -57,4 +57,4 @@ def test_every_case_is_right_and_runs_in_a_cuda_graph(case):
     for tensor in (out,) if isinstance(out, torch.Tensor) else (out.codes, out.scales.view(torch.uint8)):
         tensor.zero_()
     graph.replay()
-    check(case.problem, inputs, case.rule, out)
+    check(case.problem, inputs, case.rule, out, case.accumulation(find_device()))

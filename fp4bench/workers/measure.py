@@ -127,7 +127,7 @@ class Measurer:
 
     def _check(self, case: Case, inputs: Any, calls: Sequence[Call]) -> Agreement:
         """Compare the output of every copy with the reference. The worst error counts."""
-        compare = checker(case.problem, inputs, case.rule)
+        compare = checker(case.problem, inputs, case.rule, case.accumulation(self._device))
         found = [compare(call()) for call in calls]
         return Agreement(max(f.error for f in found), all(f.exact for f in found), found[0].rows)
 

@@ -1,4 +1,4 @@
-"""Both operands FP4: interpreted against the reference, and compiled for the GPUs that have FP4 tensor cores. Not run on one."""
+"""Both operands FP4: interpreted against the reference, compiled for the GPUs that have FP4 tensor cores, and not run on one."""
 
 import os
 import re

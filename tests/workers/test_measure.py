@@ -11,7 +11,7 @@ from fp4bench.cases import Case
 from fp4bench.checking import WrongResultError
 from fp4bench.evidence.record import KEYS
 from fp4bench.formats import MXFP4, ScaleRule
-from fp4bench.problems import W4A16, GemmProblem
+from fp4bench.problems import W4A16, Accumulation, GemmProblem
 from fp4bench.quantize import decode, quantize
 from fp4bench.timing.clock import CpuClock
 from fp4bench.workers import measure
@@ -92,6 +92,17 @@ def test_a_wrong_copy_raises_and_is_not_timed(measurer, wrong):
         measurer(TimeCase(case(Provider(wrong={wrong}))))
     assert measurer.clock.calls is None
     assert measurer(TimeCase(case(Provider()))).record["samples"]  # the next case is none the worse
+
+
+def test_an_output_is_checked_for_the_sums_that_its_provider_states(measurer):
+    provider = Provider()
+    right = provider.prepare
+    # Off by 2**-9 of the largest output: more than float32 sums can be, less than those of 14 bits.
+    provider.prepare = lambda problem, inputs: lambda: (y := right(problem, inputs)()) + y.abs().max() * 2.0**-9
+    with pytest.raises(WrongResultError, match="output is wrong"):
+        measurer(CheckCase(case(provider)))
+    provider.accumulation = lambda problem, device: Accumulation(bits=12, terms=1)
+    assert measurer(CheckCase(case(provider))).error > 0
 
 
 def test_a_copy_has_the_same_values_elsewhere(measurer):
