@@ -7,7 +7,8 @@ Built-in providers are one file each in this folder. Others come from installed 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points
+from importlib.metadata import version as _version
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -22,7 +23,12 @@ GROUP = "fp4bench.providers"
 
 _PARTS = ("name", "version", "ops", "modes", "rules", "why_not", "prepare")
 
-_BUILT_IN = ("torch_native:TorchProvider", "eager:EagerProvider")
+_BUILT_IN = (
+    "torch_native:TorchProvider",
+    "eager:EagerProvider",
+    "vllm_marlin:VllmMarlinProvider",
+    "humming:HummingProvider",
+)
 
 
 class Provider(Protocol):
@@ -33,6 +39,9 @@ class Provider(Protocol):
     ops: the problems it computes: "gemm", "quantize".
     modes: names of the GEMM modes it has (`fp4bench.problems.MODES`).
     rules: by format name, the scale rules it implements; the first one is that of its GEMMs.
+
+    It may also have `accumulation(problem, device) -> Accumulation | None`: how it adds up a GEMM's products where that is less
+    exact than the mode allows, which is what its outputs are checked for.
     """
 
     name: str
@@ -90,6 +99,14 @@ def import_optional(module: str) -> ModuleType | None:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
+        return None
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution (its name on PyPI), without importing it; None where it is not installed."""
+    try:
+        return _version(distribution)
+    except PackageNotFoundError:
         return None
 
 

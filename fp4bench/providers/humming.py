@@ -1,0 +1,87 @@
+"""Humming (the package humming-kernels): FP4 weights times bfloat16 or FP8 activations, compiled at the first call of a layer.
+
+Weights are quantized by this package's rules and handed over as checkpoints hold them, MXFP4 row-major and NVFP4 as ModelOpt
+stores it, which versions read alike (0.1.10 and 0.1.19); NVFP4's tensor scale has the decode sense, 1 / S. Humming lays them
+out once, padded as vLLM pads them, and chooses its launch for each m.
+
+FP8 activations get a float32 scale a row, amax / 448, within the call. MXFP4 weights then become E4M3 by one scale a tensor:
+exact while the block scales of a tensor lie within 11 binades; Humming rounds the blocks below.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fp4bench.devices import Device
+from fp4bench.formats import MXFP4, NVFP4, ScaleRule
+from fp4bench.problems import GemmProblem, Problem
+from fp4bench.providers import Runner, import_optional, installed_version
+from fp4bench.quantize import Quantized, quantize
+
+_CHECKPOINTS = {
+    MXFP4.name: {"quant_method": "mxfp4"},
+    NVFP4.name: {"quant_method": "modelopt", "quant_algo": "nvfp4"},
+}
+_ACTIVATIONS = {"bf16": None, "fp8": {"dtype": "float8e4m3"}}
+
+# vLLM's choice (0.26.0). Humming's tiles are powers of two, and its kernels skip the padding.
+_PAD = {"pad_n_to_multiple": 256, "pad_k_to_multiple": 128}
+
+
+class HummingProvider:
+    """MXFP4 (FLOOR) and NVFP4 (TWO_LEVEL) weights by `humming.layer.HummingLayer`."""
+
+    name = "humming"
+    ops = ("gemm",)
+    modes = ("w4a16", "w4a8")
+    rules: Mapping[str, tuple[ScaleRule, ...]] = {MXFP4.name: (ScaleRule.FLOOR,), NVFP4.name: (ScaleRule.TWO_LEVEL,)}
+
+    def __init__(self) -> None:
+        self.version = installed_version("humming-kernels")
+
+    def why_not(self, problem: Problem, device: Device) -> str | None:
+        assert isinstance(problem, GemmProblem)
+        if self.version is None:
+            return "humming-kernels is not installed"
+        if device.capability is None or device.capability < (8, 0):
+            return f"Humming needs a CUDA GPU of compute capability 8.0 or later for bfloat16, which {device.name} is not"
+        fp8 = problem.mode.activations == "fp8"
+        if fp8 and not device.has_fp8:
+            return f"{device.name} has no FP8 tensor cores (compute capability 8.9 or later)"
+        if fp8 and problem.format is NVFP4:
+            return "Humming takes at least 32 weights a scale beside FP8 activations, and NVFP4 has 16"
+        block = 32 if problem.format is MXFP4 else 16
+        if problem.n % 8 or problem.k % block:
+            return f"Humming takes n that is a multiple of 8 and k of {block}, not {problem.n} and {problem.k}"
+        return None
+
+    def prepare(self, problem: Any, inputs: Any) -> Runner:
+        w = quantize(inputs.w, problem.format, rule=self.rules[problem.format.name][0])
+        layer = _layer(problem, inputs.x)
+        layer.load_from_tensors(_checkpoint(w))
+        layer.transform()
+        return lambda: layer(inputs.x)
+
+
+def _layer(problem: GemmProblem, x: torch.Tensor) -> Any:
+    assert problem.format is not None
+    module = import_optional("humming.layer")
+    assert module is not None  # why_not has asked
+    activations = _ACTIVATIONS[problem.mode.activations]
+    # The layer writes defaults into its configurations, so it gets copies; and it allocates where torch does by default.
+    with torch.device(x.device), torch.cuda.device(x.device):
+        return module.HummingLayer(
+            shape_n=problem.n,
+            shape_k=problem.k,
+            weight_config=dict(_CHECKPOINTS[problem.format.name]),
+            input_config=activations and dict(activations),
+            torch_dtype=torch.bfloat16,
+            **_PAD,
+        )
+
+
+def _checkpoint(w: Quantized) -> dict[str, torch.Tensor]:
+    if w.tensor_scale is None:
+        return {"weight": w.codes, "weight_scale": w.scales.view(torch.uint8)}
+    return {"weight": w.codes, "weight_scale": w.scales, "weight_scale_2": (1.0 / w.tensor_scale).reshape(1)}
