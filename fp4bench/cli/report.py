@@ -1,38 +1,55 @@
-"""`fp4bench report`: a machine's accepted runs, how well they repeat, a run's verdicts, or rules side by side, as Markdown."""
+"""`fp4bench report`: accepted runs and how they repeat, verdicts, rules side by side, and what stored runs say of providers."""
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fp4bench.cli.sessions import Report
-from fp4bench.evidence import rivals
+from fp4bench.cli.sessions import Report, count
+from fp4bench.evidence import frontier, plots, rivals, standing, throughput
 from fp4bench.evidence.baselines import Baseline, accepted, parse, read, stored_files
 from fp4bench.evidence.report import accepted_runs, markdown, spread
+from fp4bench.evidence.results import Choice, Results, join
 from fp4bench.evidence.rivals import Sampled
 from fp4bench.evidence.storage import samples_path
 
-_BESIDE = ("against", "do_bench", "verdicts", "json")
+_CHOICE = ("formats", "modes", "batch_sizes")
+# Which options go with which report.
+_BESIDE = {
+    "side_by_side": ("against", "do_bench", "verdicts", "json"),
+    "throughput": ("plots", "csv", *_CHOICE),
+    "frontier": ("json", *_CHOICE),
+    "kernels": ("provider", *_CHOICE),
+}
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
-        help="the accepted runs of a machine, how well they repeat, a run's verdicts, or rules side by side, as Markdown",
+        help="accepted runs, how well they repeat, and what stored runs say of providers, as Markdown",
         description="Without options: the accepted runs of each machine, as Markdown.",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--spread", action="store_true", help="how well accepted runs repeat, and which cases are blind")
     what.add_argument("--markdown", type=Path, metavar="FILE", help="a verdicts file (pytest --verdicts) as a summary for CI")
-    what.add_argument(
-        "--side-by-side",
-        type=Path,
-        nargs="+",
-        metavar="RUN.json",
-        help="what this gate and the rules of other tools flag and miss in stored runs",
-    )
+    for name, help_ in (
+        ("--side-by-side", "what this gate and the rules of other tools flag and miss in stored runs"),
+        ("--throughput", "TFLOP/s of each provider over batch sizes, for each format, layer and Hadamard size"),
+        ("--frontier", "the fastest right provider of each layer and batch size, and its lead"),
+        ("--kernels", "one provider beside BF16, the measured roof and the best of the others"),
+    ):
+        what.add_argument(name, type=Path, nargs="+", metavar="RUN.json", help=help_)
+    _add_side_by_side(parser)
+    _add_providers(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="a new file for what --side-by-side or --frontier found")
+    parser.add_argument("--machine", help="a folder of baselines/ (all of them)")
+    parser.add_argument("--folder", type=Path, default=Path("baselines"), help="of all baselines (baselines)")
+    parser.set_defaults(run=run)
+
+
+def _add_side_by_side(parser: argparse.ArgumentParser) -> None:
     beside = parser.add_argument_group("with --side-by-side")
     beside.add_argument(
         "--against", type=Path, nargs="+", metavar="RUN.json", help="runs that other tools compare with (the accepted ones)"
@@ -47,25 +64,95 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="readings of do_bench_cudagraph, a card a file: {uuid, seconds: {case id: [s, ...]}}",
     )
-    beside.add_argument("--json", type=Path, metavar="FILE", help="write the counts, and the cases behind them, to a new file")
-    parser.add_argument("--machine", help="a folder of baselines/ (all of them)")
-    parser.add_argument("--folder", type=Path, default=Path("baselines"), help="of all baselines (baselines)")
-    parser.set_defaults(run=run)
+
+
+def _add_providers(parser: argparse.ArgumentParser) -> None:
+    beside = parser.add_argument_group(
+        "with --throughput, --frontier and --kernels",
+        "Runs of one machine are joined; a case of several takes the median of their medians. BF16 always stays in.",
+    )
+    beside.add_argument("--formats", nargs="+", metavar="FORMAT", help="only these formats (all)")
+    beside.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes (all)")
+    beside.add_argument("--batch-sizes", nargs="+", type=count, metavar="M", help="only these batch sizes (all)")
+    beside.add_argument("--provider", metavar="NAME", help="--kernels: whose kernels (triton)")
+    beside.add_argument("--csv", type=Path, metavar="FILE", help="--throughput: a new file for every result")
+    beside.add_argument(
+        "--plots", type=Path, metavar="FOLDER", help="--throughput: draw bench_<format>_res_n<N>_k<K>.png there (matplotlib)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report to stdout. Raises ValueError with one sentence for what cannot be read."""
-    if args.side_by_side:
-        return _side_by_side(args)
-    if unused := [name for name in _BESIDE if getattr(args, name)]:
-        raise ValueError(f"--{unused[0].replace('_', '-')} goes with --side-by-side RUN.json")
-    if args.markdown:
-        sys.stdout.write(markdown(_json_of(args.markdown, "verdicts file")))
-        return 0
-    show = spread if args.spread else accepted_runs
-    parts = [[f"### {baseline.runs[-1].machine_info['machine']}", "", *show(baseline)] for baseline in _baselines(args)]
-    sys.stdout.write("\n\n".join("\n".join(part) for part in parts) + "\n")
+    """Write the report to stdout. Raises ValueError with one sentence for what cannot be read or written."""
+    _refuse_strays(args)
+    sys.stdout.write("".join(f"{line}\n" for line in lines(args)))
     return 0
+
+
+def lines(args: argparse.Namespace) -> list[str]:
+    """The report that was asked for, and its files written. Raises ValueError as `run` does."""
+    reports: dict[str, Callable[[argparse.Namespace], list[str]]] = {
+        "side_by_side": _side_by_side,
+        "throughput": _throughput,
+        "frontier": _frontier,
+        "kernels": _kernels,
+        "markdown": _markdown,
+    }
+    asked = next((make for name, make in reports.items() if getattr(args, name)), _machines)
+    return asked(args)
+
+
+def _refuse_strays(args: argparse.Namespace) -> None:
+    """Options that belong to another report than the one that was asked for."""
+    allowed = next((names for report, names in _BESIDE.items() if getattr(args, report)), ())
+    for stray in dict.fromkeys(name for names in _BESIDE.values() for name in names):
+        if getattr(args, stray) and stray not in allowed:
+            theirs = " or ".join(f"{_option(report)} RUN.json" for report, names in _BESIDE.items() if stray in names)
+            raise ValueError(f"{_option(stray)} goes with {theirs}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _machines(args: argparse.Namespace) -> list[str]:
+    show = spread if args.spread else accepted_runs
+    found: list[str] = []
+    for baseline in _baselines(args):
+        found += [*([""] * 2 if found else []), f"### {baseline.runs[-1].machine_info['machine']}", "", *show(baseline)]
+    return found
+
+
+def _markdown(args: argparse.Namespace) -> list[str]:
+    return markdown(_json_of(args.markdown, "verdicts file")).splitlines()
+
+
+def _throughput(args: argparse.Namespace) -> list[str]:
+    results = _joined(args, args.throughput)
+    found = throughput.lines(results)
+    if args.csv:
+        throughput.write_csv(results, args.csv)
+        found += ["", f"Every result: {args.csv}"]
+    if args.plots:
+        found += ["", *(f"Plot: {path}" for path in plots.plot(results, args.plots))]
+    return found
+
+
+def _frontier(args: argparse.Namespace) -> list[str]:
+    results = _joined(args, args.frontier)
+    found = frontier.lines(results)
+    if args.json:
+        Report(args.json).write(frontier.as_json(results))
+        found += ["", f"As a dispatch table: {args.json}"]
+    return found
+
+
+def _kernels(args: argparse.Namespace) -> list[str]:
+    return standing.lines(_joined(args, args.kernels), args.provider or "triton")
+
+
+def _joined(args: argparse.Namespace, paths: Sequence[Path]) -> Results:
+    choice = Choice(*(tuple(getattr(args, axis) or ()) for axis in _CHOICE))
+    return join([parse(read(path), path) for path in paths], choice)
 
 
 def _baselines(args: argparse.Namespace) -> list[Baseline]:
@@ -77,7 +164,7 @@ def _baselines(args: argparse.Namespace) -> list[Baseline]:
     return found
 
 
-def _side_by_side(args: argparse.Namespace) -> int:
+def _side_by_side(args: argparse.Namespace) -> list[str]:
     runs = [_sampled(path) for path in args.side_by_side]
     _refuse_twice(runs)
     machine = runs[0].run.machine_info["machine"]
@@ -95,8 +182,7 @@ def _side_by_side(args: argparse.Namespace) -> int:
     notes = rivals.notes(runs, against, counts)
     if args.json:
         Report(args.json).write({"rules": rivals.as_json(counts), "notes": notes})
-    sys.stdout.write("\n".join([*rivals.table(counts), "", *(f"- {note}" for note in notes)]) + "\n")
-    return 0
+    return [*rivals.table(counts), "", *(f"- {note}" for note in notes)]
 
 
 def _sampled(path: Path) -> Sampled:

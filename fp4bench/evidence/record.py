@@ -108,11 +108,16 @@ def add_roofline(records: Iterable[dict[str, Any]], medians: Mapping[str, float]
 
     medians: seconds by case id. ceilings: copy_gbps, bf16_tflops and fp8_tflops; a fraction whose ceiling is None stays None.
     """
-    copy = ceilings.get("copy_gbps")
     for record in records:
-        rate = ceilings.get("fp8_tflops" if record["mode"] in _FP8_MODES else "bf16_tflops")
-        if copy is None or (record["flops"] and rate is None):
-            continue
-        moving = record["bytes"] / (copy * 1e9)
-        computing = record["flops"] / (rate * 1e12) if record["flops"] and rate else 0.0
-        record["roofline_fraction"] = max(moving, computing) / medians[record["case_id"]]
+        least = least_seconds(record, ceilings)
+        if least is not None:
+            record["roofline_fraction"] = least / medians[record["case_id"]]
+
+
+def least_seconds(record: Mapping[str, Any], ceilings: Mapping[str, float | None]) -> float | None:
+    """The least time that measured ceilings allow for the mode, flops and bytes of a record; None where one is not known."""
+    copy, rate = ceilings.get("copy_gbps"), ceilings.get("fp8_tflops" if record["mode"] in _FP8_MODES else "bf16_tflops")
+    if copy is None or (record["flops"] and rate is None):
+        return None
+    computing = record["flops"] / (rate * 1e12) if record["flops"] and rate else 0.0
+    return max(record["bytes"] / (copy * 1e9), computing)
