@@ -1,6 +1,7 @@
 """The device that problems run on, as a value: providers decide from it alone, so a test can make up any GPU."""
 
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,11 @@ class Device:
     @property
     def is_cuda(self) -> bool:
         return self.capability is not None
+
+    @property
+    def file_name(self) -> str:
+        """The name with nothing in it that a file's name may not have: `NVIDIA-H200`."""
+        return re.sub(r"[^A-Za-z0-9.]+", "-", self.name).strip("-")
 
     @property
     def has_fp8(self) -> bool:

@@ -93,3 +93,9 @@ def test_fp8_tensor_cores_begin_with_ada(name, capability, has_fp8):
 def test_a_device_reads_as_name_and_torch_name():
     assert str(H200) == "NVIDIA H200 (cuda:0)"
     assert str(CPU) == "made-up CPU (cpu)"
+
+
+def test_the_file_name_has_no_blanks_and_slashes():
+    assert H200.file_name == "NVIDIA-H200"
+    assert Device("cuda:0", "NVIDIA H100 80GB HBM3", (9, 0)).file_name == "NVIDIA-H100-80GB-HBM3"
+    assert Device("cpu", "A/B (C) 2.0GHz").file_name == "A-B-C-2.0GHz"

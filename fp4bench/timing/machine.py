@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 from collections.abc import Mapping
 from contextlib import closing
 from datetime import datetime, timezone
@@ -17,8 +16,7 @@ from fp4bench.timing.telemetry import Telemetry
 
 def machine_key(device: Device) -> str:
     """Name of the folder that holds this machine's baselines: `NVIDIA-H200`, or `cpu-<model>-<cores>c`."""
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", device.name).strip("-")
-    return name if device.is_cuda else f"cpu-{name.lower()}-{_cores()}c"
+    return device.file_name if device.is_cuda else f"cpu-{device.file_name.lower()}-{_cores()}c"
 
 
 def machine_info(device: Device) -> dict[str, Any]:
