@@ -1,11 +1,13 @@
 """TFLOP/s over batch sizes as PNG files: one a format and shape, with a panel for each mode and Hadamard size.
 
-Both axes are logarithmic: at m = 1 a product reaches a hundredth of what it does at m = 4096, and both ends matter.
+Both axes are logarithmic: at m = 1 a product reaches a hundredth of what it does at m = 4096, and both ends matter. That brings
+providers close together, so below it stands, on a linear axis, how many times faster each is than BF16 in the same run.
 Needs matplotlib, which is imported when a plot is drawn.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,9 @@ _MARKERS = "osD^vPX<>hp"
 _YARDSTICKS = {"bf16": "#000000", "fp8": "#777777"}
 # What a mode shares a panel with: the same operands, quantized before the timed region.
 _SHARED = {"w4a4_noquant": "w4a4"}
+_ROOF = {"color": "#444444", "linestyle": ":", "linewidth": 1.4}
 _COLUMNS = 3
+_LETTERS_AN_INCH = 11  # of a title of 11 points
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def panels(results: Results, fmt: str | None, shape: Shape) -> list[Panel]:
             if not curve.answer.plain:
                 by_mode.setdefault(_SHARED.get(curve.answer.mode, curve.answer.mode), []).append(curve)
         for mode, members in by_mode.items():
-            rotation = f", Hadamard {group.hadamard}" if group.hadamard else ""
+            rotation = f", Hadamard {group.hadamard}" if group.hadamard else ", no rotation" if mode in _SHARED.values() else ""
             found.append(Panel(f"{mode}{rotation}", (*yardsticks, *members)))
         if not by_mode:
             found.append(Panel("without FP4", tuple(yardsticks)))
@@ -84,20 +88,32 @@ def panels(results: Results, fmt: str | None, shape: Shape) -> list[Panel]:
 
 
 def draw(results: Results, fmt: str | None, shape: Shape) -> Figure:
-    """The plot of a format and a shape. Raises ValueError without matplotlib."""
+    """The plot of a format and a shape: of each panel TFLOP/s and, where BF16 was timed, how many times faster that is.
+
+    Raises ValueError without matplotlib.
+    """
     figure_class = _figure_class()
     shown = panels(results, fmt, shape)
     columns = min(_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    figure: Figure = figure_class(figsize=(5.2 * columns + 2.4, 4.3 * rows + 0.9), layout="constrained")
-    figure.suptitle(f"{fmt or 'without FP4'}, {shape} ({results.named(shape)})\n{_subtitle(results)}", fontsize=11)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    draws = (_draw_rates, _draw_speedups) if _speedups(shown) else (_draw_rates,)
+    figure: Figure = figure_class(figsize=(5.2 * columns + 2.4, (0.5 + 2.9 * len(draws)) * rows + 0.9), layout="constrained")
+    figure.suptitle(_title(results, fmt, shape, int(_LETTERS_AN_INCH * figure.get_figwidth())), fontsize=11)
+    grid = figure.subplots(len(draws) * rows, columns, squeeze=False, sharex=True)
     looks = _looks(results)
-    for axes, panel in zip(grid.flat, shown, strict=False):
-        _draw_panel(axes, panel, results, looks)
-    for axes in grid.flat[len(shown) :]:
-        axes.remove()
-    _label(grid, len(shown))
+    for row, column in np.ndindex(rows, columns):
+        i = row * columns + column
+        for below, draw_axes in enumerate(draws):
+            axes = grid[len(draws) * row + below, column]
+            if i >= len(shown):
+                axes.remove()
+                continue
+            axes.sharey(grid[below, 0])
+            draw_axes(axes, shown[i], results, looks)
+            last = below == len(draws) - 1 and i + columns >= len(shown)
+            _label(axes, shown[i], first=column == 0, last=last)
+        if i < len(shown):
+            grid[len(draws) * row, column].set_title(shown[i].title, fontsize=10)
     _legend(figure, shown, looks)
     return figure
 
@@ -110,8 +126,9 @@ def _figure_class() -> Any:
     return Figure
 
 
-def _subtitle(results: Results) -> str:
-    return f"{results.caption()}; band: 20th to 80th percentile"
+def _title(results: Results, fmt: str | None, shape: Shape, width: int) -> str:
+    told = f"{fmt or 'without FP4'}, {shape} ({results.named(shape)})", f"{results.caption()}; band: 20th to 80th percentile"
+    return "\n".join(line for text in told for line in textwrap.wrap(text, width))
 
 
 def _looks(results: Results) -> dict[str, dict[str, Any]]:
@@ -127,28 +144,61 @@ def _style(curve: Curve, looks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     style = looks[curve.provider] | {"linewidth": 1.6}
     if curve.answer.plain:
         return style | {"color": _YARDSTICKS.get(curve.answer.mode, "#777777"), "linewidth": 1.2}
-    return style | ({"linestyle": "--"} if curve.answer.mode in _SHARED else {})
+    return style | ({"linestyle": "--", "markerfacecolor": "white"} if curve.answer.mode in _SHARED else {})
 
 
-def _draw_panel(axes: Axes, panel: Panel, results: Results, looks: dict[str, dict[str, Any]]) -> None:
+def _draw_rates(axes: Axes, panel: Panel, results: Results, looks: dict[str, dict[str, Any]]) -> None:
     for curve in panel.curves:
-        sizes = list(curve.by_m)
         middle, low, high = (
             [result.value(key) or np.nan for result in curve.by_m.values()] for key in ("tflops", "tflops_p20", "tflops_p80")
         )
         style = _style(curve, looks)
-        axes.plot(sizes, middle, **style)
-        axes.fill_between(sizes, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        axes.plot(list(curve.by_m), middle, **style)
+        axes.fill_between(list(curve.by_m), low, high, color=style["color"], alpha=0.25, linewidth=0)
     for sizes, rates in _roofs(panel, results):
-        axes.plot(sizes, rates, color="#444444", linestyle=":", linewidth=1.4)
-    axes.set_xscale("log", base=2)
+        axes.plot(sizes, rates, **_ROOF)
     axes.set_yscale("log")
-    axes.set_title(panel.title, fontsize=10)
-    axes.grid(True, color="#dddddd", linewidth=0.6)
-    sizes = sorted({m for curve in panel.curves for m in curve.by_m})
-    axes.set_xticks(_apart(sizes), [str(m) for m in _apart(sizes)], rotation=45, fontsize=8)
-    axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylabel("TFLOP/s")
+
+
+def _draw_speedups(axes: Axes, panel: Panel, results: Results, looks: dict[str, dict[str, Any]]) -> None:
+    for curve in panel.curves:
+        axes.plot(list(curve.by_m), [r.value("speedup_vs_bf16") or np.nan for r in curve.by_m.values()], **_style(curve, looks))
+    for sizes, rates in _roofs(panel, results):
+        at = {m: rate / bf16 for m, rate in zip(sizes, rates, strict=True) if (bf16 := _bf16(panel).get(m))}
+        axes.plot(list(at), list(at.values()), **_ROOF)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("times faster than BF16")
+
+
+def _bf16(panel: Panel) -> dict[int, float]:
+    """TFLOP/s of the fastest BF16 by batch size."""
+    found: dict[int, float] = {}
+    for curve in panel.curves:
+        if curve.answer.mode == "bf16":
+            for m, result in curve.by_m.items():
+                found[m] = max(found.get(m, 0.0), result.value("tflops") or 0.0)
+    return found
+
+
+def _speedups(shown: Sequence[Panel]) -> bool:
+    everything = (result for panel in shown for curve in panel.curves for result in curve.by_m.values())
+    return any(result.value("speedup_vs_bf16") is not None for result in everything)
+
+
+def _label(axes: Axes, panel: Panel, first: bool, last: bool) -> None:
+    """Batch sizes below the last axes of a column, words beside the first column, and a grid."""
+    sizes = _apart(sorted({m for curve in panel.curves for m in curve.by_m}))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(m) for m in sizes], rotation=45, fontsize=8)
+    axes.minorticks_off()
+    axes.tick_params(labelbottom=last, labelleft=first)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    if last:
+        axes.set_xlabel("batch size m")
+    if not first:
+        axes.set_ylabel("")
 
 
 def _apart(sizes: Sequence[int]) -> list[int]:
@@ -181,17 +231,6 @@ def _roof(mode: str, records: dict[int, Any], results: Results) -> tuple[Any, li
     return dense, [record["flops"] * 1e-12 / seconds for record, seconds in zip(at, least, strict=True) if seconds]
 
 
-def _label(grid: Any, shown: int) -> None:
-    """Words along the outer axes only: of a column its last panel, which the last row may lack."""
-    columns = grid.shape[1]
-    for i, axes in enumerate(grid.flat[:shown]):
-        if i % columns == 0:
-            axes.set_ylabel("TFLOP/s")
-        if i + columns >= shown:
-            axes.set_xlabel("batch size m")
-            axes.tick_params(labelbottom=True)
-
-
 def _legend(figure: Figure, shown: Sequence[Panel], looks: dict[str, dict[str, Any]]) -> None:
     """One for all panels, beside them, so that it covers nothing."""
     from matplotlib.lines import Line2D
@@ -206,5 +245,5 @@ def _legend(figure: Figure, shown: Sequence[Panel], looks: dict[str, dict[str, A
     handles += [Line2D([], [], label=provider, **looks[provider]) for provider in sorted(providers)]
     if any(curve.answer.mode in _SHARED for curve in drawn):
         handles.append(Line2D([], [], label="dashed: quantized before", color="#444444", linestyle="--"))
-    handles.append(Line2D([], [], label="measured roof", color="#444444", linestyle=":"))
-    figure.legend(handles=handles, loc="outside right upper", fontsize=9, frameon=False)
+    handles.append(Line2D([], [], label="measured roof", **_ROOF))
+    figure.legend(handles=handles, loc="outside right center", fontsize=9, frameon=False)
