@@ -277,7 +277,7 @@ def _way(runs: Iterable[StoredRun]) -> tuple[str | None, bool | None]:
         for timing in run.cases.values():
             for axis, value in zip(seen, way(timing), strict=True):
                 axis.setdefault(value, run)
-    for axis, words in zip(seen, ({}, {True: "a warm L2", False: "a cold one"}), strict=True):
+    for axis, words in zip(seen, ({}, {True: "with a warm L2", False: "with a cold one"}), strict=True):
         axis.pop(None, None)
         if len(axis) > 1:
             told = [f"{run.path} has cases timed {words.get(value, value)}" for value, run in axis.items()]
