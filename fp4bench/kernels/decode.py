@@ -1,0 +1,410 @@
+"""y = x W^T for a few rows of x: bfloat16 or float16 activations and FP4 weights, w4a16 at M from 1 to 16.
+
+At these M the time is that of reading the weight once. So the weight goes from memory into registers in the order in which the
+tensor cores take it (`weights`): a lane's 16-byte load is its A operand of four `mma.sync` of depth 16, W's rows being the rows
+of the product and up to 8 rows of x its columns. No shared memory, no barrier and no change of layout are in the loop. The warps
+of a CTA split k, and their sums meet in shared memory at the end, in a fixed order: the same bits on every run.
+
+Under programmatic dependent launch (`pdl`) a kernel reads its first weights while the kernel before it still runs, and waits
+for that one only before it reads x.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fp4bench.kernels import fragments
+from fp4bench.kernels.weights import TILE_N, UNIT_K, PreparedWeight
+
+MOST_ROWS = 16  # of x
+
+_WAIT = gl.constexpr("griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, $1;")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How to launch. Any is right for any problem with at least `tiles` tiles of 16 weight rows.
+
+    tiles: of 16 weight rows, that a CTA computes, 1 to 8. Each warp holds one unit of 64 columns of each in registers.
+    warps: of a CTA, 4, 8 or 16; they split k.
+    exchange: read x 16 bytes a lane and exchange them among lanes, instead of 4 bytes a lane where they are needed.
+    ahead: hold x and scales of the next unit while one is computed.
+    """
+
+    tiles: int = 4
+    warps: int = 8
+    exchange: bool = False
+    ahead: bool = False
+    max_registers: int | None = None
+    streaming: int = 1
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tiles <= 8 or self.warps not in (4, 8, 16):
+            raise ValueError(f"{self}: tiles is 1 to 8, warps 4, 8 or 16")
+
+
+def fits(m: int, weight: PreparedWeight) -> bool:
+    """Whether this kernel computes m rows of x by `weight`."""
+    return 1 <= m <= MOST_ROWS and weight.rest is None
+
+
+def gemm(
+    x: torch.Tensor,
+    weight: PreparedWeight,
+    out: torch.Tensor,
+    *,
+    config: DecodeConfig,
+    alpha: float = 1.0,
+    bias: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """out = (x W^T) * alpha + bias, rounded once from float32. bfloat16 or float16 x (m, k), bias (n), out (m, n) of x's type.
+
+    Rows of x and out may be strided. Launches on the current stream and neither waits nor allocates.
+    pdl: overlap with the kernel before and after; the weight must have been complete before the kernel before was launched.
+    """
+    m, k = x.shape
+    tiles = min(config.tiles, weight.tiles)
+    columns = 8 if m <= 8 else 16
+    steps = -(-weight.units // config.warps)
+    _decode[(-(-weight.tiles // tiles),)](
+        x,
+        weight.words,
+        weight.scales,
+        weight.row_scale,
+        out if bias is None else bias,
+        out,
+        alpha,
+        m,
+        weight.n,
+        k,
+        weight.tiles,
+        x.stride(0),
+        out.stride(0),
+        UNITS=weight.units,
+        STEPS=steps,
+        TILES=tiles,
+        WARPS=config.warps,
+        COLUMNS=columns,
+        TWO_LEVEL=weight.format.has_tensor_scale,
+        HAS_BIAS=bias is not None,
+        ALL_COLUMNS=k % UNIT_K == 0,
+        PAIRS=x.stride(0) % 2 == 0 and k % 2 == 0 and x.data_ptr() % 4 == 0,
+        EXCHANGE=config.exchange and k % UNIT_K == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0,
+        AHEAD=config.ahead,
+        STREAMING=config.streaming,
+        DEPTH=min(config.depth, steps),
+        num_warps=config.warps,
+        launch_pdl=pdl,
+        maxnreg=config.max_registers,
+    )
+    return out
+
+
+# --- PTX --------------------------------------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def _product(columns: int, two_level: bool, half: bool) -> str:
+    """acc += A B for one unit of a tile: 4 words, their scales, and x for `columns` columns.
+
+    Operands, four registers each: columns / 8 accumulators; words; scales (four copies of one register; NVFP4 a second four);
+    x of columns 0 to 31 and 32 to 63 of the unit, for each 8 columns; the accumulators again.
+    """
+    blocks = columns // 8
+    words = 4 * blocks
+    scales = (words + 4, words + 8)
+    x = words + (12 if two_level else 8)
+    kind = "f16" if half else "bf16"
+    decode = fragments.to_float16 if half else fragments.to_bfloat16
+    a = ("a0", "a1", "a2", "a3")
+    text = ".reg .b32 u, low, high, a0, a1, a2, a3;\n"
+    for slab in range(4):
+        if two_level or slab % 2 == 0:
+            register = scales[slab // 2] if two_level else scales[0]
+            byte = 2 * (slab % 2) if two_level else slab
+            text += fragments.multiplier(f"${register}", byte, "low", two_level=two_level, half=half)
+            text += fragments.multiplier(f"${register}", byte + 1, "high", two_level=two_level, half=half)
+        text += decode(f"${words + slab}", a, "u")
+        text += "".join(f"mul.rn.{kind}x2 {a[i]}, {a[i]}, {('low', 'high')[i % 2]};\n" for i in range(4))
+        for block in range(blocks):
+            acc = ", ".join(f"${4 * block + i}" for i in range(4))
+            b = f"${x + 8 * block + 2 * slab}, ${x + 8 * block + 2 * slab + 1}"
+            text += f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{acc}}}, {{a0, a1, a2, a3}}, {{{b}}}, {{{acc}}};\n"
+    return "{\n" + text + "}"
+
+
+@gluon.constexpr_function
+def _product_constraints(columns: int, two_level: bool) -> str:
+    registers = columns // 2
+    inputs = 4 + (8 if two_level else 4) + columns
+    return ",".join(["=&f"] * registers + ["r"] * inputs + [str(i) for i in range(registers)])
+
+
+@gluon.constexpr_function
+def _transpose() -> str:
+    """A 4 x 4 transpose among the four lanes of a group: register i of lane t becomes register t of lane i.
+
+    Operands: four results, four registers, and four copies of the lane.
+    """
+    return """{
+.reg .pred p, q;
+.reg .b32 s, b, a0, a1, a2, a3;
+and.b32 b, $8, 1; setp.ne.u32 p, b, 0;
+and.b32 b, $8, 2; setp.ne.u32 q, b, 0;
+selp.b32 s, $4, $5, p; selp.b32 a0, $5, $4, p; shfl.sync.bfly.b32 s, s, 1, 31, -1; selp.b32 a1, a0, s, p; selp.b32 a0, s, a0, p;
+selp.b32 s, $6, $7, p; selp.b32 a2, $7, $6, p; shfl.sync.bfly.b32 s, s, 1, 31, -1; selp.b32 a3, a2, s, p; selp.b32 a2, s, a2, p;
+selp.b32 s, a0, a2, q; selp.b32 b, a2, a0, q; shfl.sync.bfly.b32 s, s, 2, 31, -1; selp.b32 $2, b, s, q; selp.b32 $0, s, b, q;
+selp.b32 s, a1, a3, q; selp.b32 b, a3, a1, q; shfl.sync.bfly.b32 s, s, 2, 31, -1; selp.b32 $3, b, s, q; selp.b32 $1, s, b, q;
+}"""
+
+
+# --- Kernel -----------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit(do_not_specialize=["m", "n", "k", "tiles"])
+def _decode(
+    x,
+    words,
+    scales,
+    row_scale,
+    bias,
+    out,
+    alpha,
+    m,
+    n,
+    k,
+    tiles,
+    x_stride,
+    out_stride,
+    UNITS: gl.constexpr,
+    STEPS: gl.constexpr,
+    TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ALL_COLUMNS: gl.constexpr,
+    PAIRS: gl.constexpr,
+    EXCHANGE: gl.constexpr,
+    AHEAD: gl.constexpr,
+    STREAMING: gl.constexpr,
+    DEPTH: gl.constexpr,
+):
+    # Four registers a thread: a lane's words of a unit, its x of 32 columns, or its accumulators.
+    FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+    thread = gl.arange(0, 32 * WARPS, layout=gl.SliceLayout(1, FOUR))
+    lane = thread % 32
+    warp = thread // 32
+    # The last CTA computes rows of the one before it again where the tiles do not divide: the same bits, stored twice.
+    first = gl.minimum(gl.program_id(0) * TILES, tiles - TILES).to(gl.int64)
+    four = gl.arange(0, 4, layout=gl.SliceLayout(0, FOUR))[None, :]
+    words_at = words + first * (UNITS * 128) + (warp * 128 + lane * 4)[:, None] + four
+    scales_at = scales.to(gl.pointer_type(gl.int64), bitcast=True) if TWO_LEVEL else scales
+    scales_at = scales_at + first * (UNITS * 8) + (warp * 8 + lane // 4)
+
+    acc = ()
+    for _ in gl.static_range(TILES * (COLUMNS // 8)):
+        acc = acc + (gl.zeros([32 * WARPS, 4], gl.float32, FOUR),)
+    # The next DEPTH units: words and scales of each tile. A queue, whose every turn the loop unrolls.
+    queue = ()
+    for step in gl.static_range(DEPTH):
+        queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES, STREAMING)
+    # Everything above is the weight's. x may still be written by the kernel before.
+    gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+    b = _load_x(x, 0, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR)
+    LOOP: gl.constexpr = (STEPS - DEPTH) // DEPTH * DEPTH
+    HALF: gl.constexpr = x.dtype.element_ty == gl.float16
+    for start in range(0, LOOP, DEPTH):
+        for i in gl.static_range(DEPTH):
+            if AHEAD:
+                next_b = _load_x(
+                    x, start + i + 1, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR
+                )
+            acc = _multiply(queue, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
+            queue = queue[2 * TILES :] + _load_unit(
+                words_at, scales_at, start + i + DEPTH, warp, UNITS, WARPS, TILES, STREAMING
+            )
+            if not AHEAD:
+                next_b = _load_x(
+                    x, start + i + 1, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR
+                )
+            b = next_b
+    for i in gl.static_range(STEPS - LOOP):
+        if AHEAD and i + 1 < STEPS - LOOP:
+            next_b = _load_x(x, LOOP + i + 1, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR)
+        acc = _multiply(queue, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
+        queue = queue[2 * TILES :]
+        if i + DEPTH < STEPS - LOOP:
+            queue = queue + _load_unit(words_at, scales_at, LOOP + i + DEPTH, warp, UNITS, WARPS, TILES, STREAMING)
+        if i + 1 < STEPS - LOOP:
+            if not AHEAD:
+                next_b = _load_x(
+                    x, LOOP + i + 1, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR
+                )
+            b = next_b
+    _store(acc, row_scale, bias, out, alpha, first, m, n, out_stride, TILES, WARPS, COLUMNS, HAS_BIAS)
+
+
+@gluon.jit
+def _load_unit(
+    words_at,
+    scales_at,
+    step,
+    warp,
+    UNITS: gl.constexpr,
+    WARPS: gl.constexpr,
+    TILES: gl.constexpr,
+    STREAMING: gl.constexpr,
+):
+    """A unit of each tile: int32 [threads, 4], the lane's words, and int32 or int64 [threads], the scales of rows g and g + 8.
+
+    Beyond the last unit zeros.
+    """
+    MODIFIER: gl.constexpr = ".cg" if STREAMING == 2 else ""
+    POLICY: gl.constexpr = "evict_first" if STREAMING == 1 else ""
+    unit = ()
+    for tile in gl.static_range(TILES):
+        word = words_at + tile * (UNITS * 128) + step * (WARPS * 128)
+        scale = scales_at + tile * (UNITS * 8) + step * (WARPS * 8)
+        if UNITS % WARPS == 0:
+            w = gl.load(word, eviction_policy=POLICY, cache_modifier=MODIFIER)
+            s = gl.load(scale)
+        else:
+            inside = step * WARPS + warp < UNITS
+            w = gl.load(word, mask=inside[:, None], other=0, eviction_policy=POLICY, cache_modifier=MODIFIER)
+            s = gl.load(scale, mask=inside, other=0)
+        unit = unit + (w, s)
+    return unit
+
+
+@gluon.jit
+def _load_x(
+    x,
+    step,
+    thread,
+    m,
+    k,
+    x_stride,
+    UNITS: gl.constexpr,
+    WARPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    ALL_COLUMNS: gl.constexpr,
+    PAIRS: gl.constexpr,
+    EXCHANGE: gl.constexpr,
+    FOUR: gl.constexpr,
+):
+    """x as the B operand of a unit. -> for each 8 columns of the product two int32 [threads, 4], of 32 columns of the unit each."""
+    lane = thread % 32
+    unit = step * WARPS + thread // 32
+    t = (lane % 4)[:, None]
+    four = gl.arange(0, 4, layout=gl.SliceLayout(0, FOUR))[None, :]
+    b = ()
+    for i in gl.static_range(COLUMNS // 4):
+        row = (lane // 4 + 8 * (i // 2))[:, None]
+        inside = row < m
+        column = unit[:, None] * 64 + 32 * (i % 2)
+        if UNITS % WARPS != 0:
+            inside = inside & (unit < UNITS)[:, None]
+        if EXCHANGE:
+            pairs = x.to(gl.pointer_type(gl.int32), bitcast=True) + row * (x_stride // 2) + column // 2 + 4 * t + four
+            raw = gl.load(pairs, mask=inside, other=0)
+            lanes = lane[:, None] + gl.zeros_like(raw)
+            turned = gl.inline_asm_elementwise(
+                _transpose(), "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [raw, lanes], dtype=gl.int32, is_pure=True, pack=4
+            )
+            b = b + (turned,)
+        else:
+            column = column + 8 * four + 2 * t
+            b = b + (_load_pairs(x + row * x_stride + column, inside, column, k, ALL_COLUMNS and UNITS % WARPS == 0, PAIRS),)
+    return b
+
+
+@gluon.jit
+def _load_pairs(at, inside, column, k, ALL_COLUMNS: gl.constexpr, PAIRS: gl.constexpr):
+    """Two neighbours of 16 bits at each address, 0 from column k on. -> int32."""
+    if PAIRS:
+        if not ALL_COLUMNS:
+            inside = inside & (column < k)
+        return gl.load(at.to(gl.pointer_type(gl.int32), bitcast=True), mask=inside, other=0)
+    at = at.to(gl.pointer_type(gl.int16), bitcast=True)
+    even = gl.load(at, mask=inside & (column < k), other=0).to(gl.int32)
+    odd = gl.load(at + 1, mask=inside & (column + 1 < k), other=0).to(gl.int32)
+    return (even & 0xFFFF) | (odd << 16)
+
+
+@gluon.jit
+def _multiply(
+    queue, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEVEL: gl.constexpr, HALF: gl.constexpr
+):
+    """The first unit of the queue, added to its accumulators. -> for each tile COLUMNS / 8 float32 [threads, 4]."""
+    sums = ()
+    for tile in gl.static_range(TILES):
+        w = queue[2 * tile]
+        s = queue[2 * tile + 1]
+        if TWO_LEVEL:
+            scales = ((s & 0xFFFFFFFF).to(gl.int32)[:, None] + gl.zeros_like(w), (s >> 32).to(gl.int32)[:, None] + gl.zeros_like(w))
+        else:
+            scales = (s[:, None] + gl.zeros_like(w),)
+        if COLUMNS == 8:
+            one = gl.inline_asm_elementwise(
+                _product(COLUMNS, TWO_LEVEL, HALF),
+                _product_constraints(COLUMNS, TWO_LEVEL),
+                (w,) + scales + b + (acc[tile],),
+                dtype=gl.float32,
+                is_pure=True,
+                pack=4,
+            )
+            sums = sums + (one,)
+        else:
+            sums = sums + gl.inline_asm_elementwise(
+                _product(COLUMNS, TWO_LEVEL, HALF),
+                _product_constraints(COLUMNS, TWO_LEVEL),
+                (w,) + scales + b + (acc[2 * tile], acc[2 * tile + 1]),
+                dtype=(gl.float32, gl.float32),
+                is_pure=True,
+                pack=4,
+            )
+    return sums
+
+
+@gluon.jit
+def _store(
+    acc,
+    row_scale,
+    bias,
+    out,
+    alpha,
+    first,
+    m,
+    n,
+    out_stride,
+    TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """Sum over the warps, scale, and store: W / 4 accumulators at a time, an element a thread."""
+    BLOCKS: gl.constexpr = COLUMNS // 8
+    GROUP: gl.constexpr = WARPS // 4
+    ROUNDS: gl.constexpr = (TILES * BLOCKS + GROUP - 1) // GROUP
+    shared = gl.allocate_shared_memory(gl.float32, [ROUNDS, GROUP, WARPS, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    for i in gl.static_range(TILES * BLOCKS):
+        shared.index(i // GROUP).slice(i % GROUP, 1, dim=0).store(gl.reshape(acc[i], [1, WARPS, 128]))
+    BY_WARP: gl.constexpr = gl.BlockedLayout([1, WARPS, 1], [1, 1, 32], [GROUP, 1, 4], [2, 1, 0])
+    element = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(1, BY_WARP)))[None, :]
+    lane = element // 4
+    for i in gl.static_range(ROUNDS):
+        sums = gl.sum(shared.index(i).load(BY_WARP), 1)
+        which = i * GROUP + gl.arange(0, GROUP, layout=gl.SliceLayout(1, gl.SliceLayout(1, BY_WARP)))[:, None]
+        row = (first + which // BLOCKS) * 16 + lane // 4 + 8 * (element % 4 // 2)
+        column = 8 * (which % BLOCKS) + 2 * (lane % 4) + element % 2
+        inside = (row < n) & (column < m) & (which < TILES * BLOCKS)
+        y = sums * gl.load(row_scale + row, mask=inside, other=0.0) * alpha
+        if HAS_BIAS:
+            y += gl.load(bias + row, mask=inside, other=0.0).to(gl.float32)
+        gl.store(out + column * out_stride + row, y.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,48 @@
+"""PTX from a prepared weight's words and scales to the A operand of the tensor cores; `weights` has the bits.
+
+Each function returns the text of a few instructions for inline assembly, over registers that the caller names (.b32).
+"""
+
+import triton
+
+SIGNS_AND_MAGNITUDES = 0x81C081C0
+_SIGNS = 0x80008000
+
+
+@triton.constexpr_function
+def to_bfloat16(word: str, a: tuple[str, str, str, str], scratch: str) -> str:
+    """The four A registers of a word, as bfloat16 pairs of value * 2**-126. Nine integer operations for eight codes."""
+    mask = f"{SIGNS_AND_MAGNITUDES:#x}"
+    return (
+        f"shl.b32 {scratch}, {word}, 6; and.b32 {a[0]}, {scratch}, {mask};\n"
+        f"shl.b32 {scratch}, {word}, 2; and.b32 {a[1]}, {scratch}, {mask};\n"
+        f"shf.r.wrap.b32 {scratch}, {word}, {word}, 4; and.b32 {a[2]}, {scratch}, {mask};\n"
+        f"shr.u32 {scratch}, {word}, 8; and.b32 {scratch}, {scratch}, 0x00400040;\n"
+        f"lop3.b32 {a[3]}, {word}, 0x81808180, {scratch}, 0xEA;\n"  # 0xEA: (a & b) | c
+    )
+
+
+@triton.constexpr_function
+def to_float16(word: str, a: tuple[str, str, str, str], scratch: str) -> str:
+    """The four A registers of a word, as float16 pairs of value * 2**-14: magnitudes stand three bits higher than in bfloat16."""
+    return to_bfloat16(word, a, scratch) + "".join(
+        f"and.b32 {scratch}, {register}, {_SIGNS:#x}; and.b32 {register}, {register}, 0x01C001C0;\n"
+        f"shl.b32 {register}, {register}, 3; or.b32 {register}, {register}, {scratch};\n"
+        for register in a
+    )
+
+
+@triton.constexpr_function
+def multiplier(scales: str, byte: int, out: str, *, two_level: bool, half: bool) -> str:
+    """Both halves of `out` become what the codes of the scale in `byte` of `scales` are multiplied with.
+
+    two_level: the scale is NVFP4's, E5M3. half: as float16, else as bfloat16.
+    """
+    spread = f"prmt.b32 {out}, {scales}, 0, 0x4{byte}4{byte};\n"  # the byte in each half, below a zero byte
+    if two_level and half:
+        return spread + f"shl.b32 {out}, {out}, 7;\n"
+    if two_level:
+        return spread + f"shl.b32 {out}, {out}, 4; add.u32 {out}, {out}, 0x70007000;\n"
+    if half:
+        return spread + f"shl.b32 {out}, {out}, 10; and.b32 {out}, {out}, 0x7C007C00;\n"
+    return spread + f"shl.b32 {out}, {out}, 7;\n"
