@@ -1,0 +1,70 @@
+"""Stand-ins for vLLM's operators: schemas as the real libraries register them, with what a test puts behind them.
+
+The schemas were read off the wheels on PyPI, those of BEFORE_0_12 off vLLM's csrc/torch_bindings.cpp of that time.
+"""
+
+from contextlib import ExitStack, contextmanager
+
+import torch
+from cuda_library import SASS, container, image
+
+from fp4bench.providers import vllm_ops
+
+_MARLIN_END = "SymInt size_m, SymInt size_n, SymInt size_k, "
+
+MARLIN = {
+    "0.11": (
+        "gptq_marlin_gemm(Tensor a, Tensor? c_or_none, Tensor b_q_weight, Tensor? b_bias_or_none, Tensor b_scales, "
+        "Tensor? global_scale, Tensor? b_zeros_or_none, Tensor? g_idx_or_none, Tensor? perm_or_none, Tensor workspace, "
+        f"int b_q_type, {_MARLIN_END}bool is_k_full, bool use_atomic_add, bool use_fp32_reduce, bool is_zp_float) -> Tensor",
+        "gptq_marlin_repack(Tensor b_q_weight, Tensor perm, SymInt size_k, SymInt size_n, int num_bits) -> Tensor",
+    ),
+    "0.26.0": (  # and 0.20.0
+        "marlin_gemm(Tensor a, Tensor? c_or_none, Tensor b_q_weight, Tensor? b_bias_or_none,Tensor b_scales, Tensor? a_scales, "
+        "Tensor? global_scale, Tensor? b_zeros_or_none, Tensor? g_idx_or_none, Tensor? perm_or_none, Tensor workspace, "
+        f"int b_type_id, {_MARLIN_END}bool is_k_full, bool use_atomic_add, bool use_fp32_reduce, bool is_zp_float) -> Tensor",
+        "gptq_marlin_repack(Tensor b_q_weight, Tensor perm, SymInt size_k, SymInt size_n, int num_bits, "
+        "bool is_a_8bit) -> Tensor",
+    ),
+    "0.33.0": (
+        "marlin_gemm(Tensor a, Tensor? c_or_none, Tensor b_q_weight, Tensor? b_bias_or_none,Tensor b_scales, Tensor? a_scales, "
+        "Tensor? global_scale, Tensor? b_zeros_or_none, Tensor workspace, int b_type_id, "
+        f"{_MARLIN_END}bool use_atomic_add, bool use_fp32_reduce, bool is_zp_float) -> Tensor",
+        "gptq_marlin_repack(Tensor b_q_weight, SymInt size_k, SymInt size_n, int num_bits, bool is_a_8bit) -> Tensor",
+    ),
+}
+
+_count = 0
+
+
+@contextmanager
+def operators(schemas, behind, family, monkeypatch, tmp_path, targets=((SASS, 90),), version="0.26.0"):
+    """Registers `schemas` and has `vllm_ops.<family>` find them; yields the folder of its library.
+
+    behind: by operator, a function of its arguments by name.
+    """
+    global _count
+    _count += 1
+    folder = tmp_path / f"vllm{_count}"
+    folder.mkdir()
+    real = getattr(vllm_ops, family)
+    (folder / real.files[-1]).write_bytes(container(*(image(*target) for target in targets)))
+    (folder / "_version.py").write_text(f"__version__ = version = {version!r}\n", encoding="utf-8")
+    monkeypatch.setenv(vllm_ops.VARIABLE, str(folder))
+    monkeypatch.setattr(vllm_ops, "_load", lambda paths: None)
+    stand_in = vllm_ops.Operators(f"fp4bench_stand_in_{_count}", real.files)
+    monkeypatch.setattr(vllm_ops, family, stand_in)
+    with ExitStack() as stack:
+        library = stack.enter_context(torch.library._scoped_library(stand_in.namespace, "DEF"))
+        for schema in schemas:
+            library.define(schema)
+            name = schema.partition("(")[0]
+            overload = getattr(getattr(torch.ops, stand_in.namespace), name.partition(".")[0])
+            library.impl(name, by_name(getattr(overload, name.partition(".")[2] or "default")._schema, behind[name]), "CPU")
+        yield folder
+
+
+def by_name(schema, function):
+    """`function`, called by position, with its arguments by the names of `schema`."""
+    names = [argument.name for argument in schema.arguments]
+    return lambda *arguments, **rest: function(**dict(zip(names, arguments, strict=False)), **rest)
