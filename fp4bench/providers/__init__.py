@@ -28,6 +28,9 @@ _BUILT_IN = (
     "eager:EagerProvider",
     "vllm_marlin:VllmMarlinProvider",
     "humming:HummingProvider",
+    "torch_scaled_mm:TorchScaledMmProvider",
+    "gemlite:GemliteProvider",
+    "triton_kernels:TritonKernelsProvider",
 )
 
 

@@ -26,6 +26,8 @@ from fp4bench.providers.fatbin import runs_on, targets
 
 VARIABLE = "FP4BENCH_VLLM_LIBS"
 
+_WRITTEN_VERSION = r"^(?:__version__ = )?version = ['\"](.+?)['\"]"
+
 # Names that older versions have for an argument.
 _OLD_NAMES = {"b_q_type": "b_type_id"}
 
@@ -105,6 +107,21 @@ def arguments(operator: Any, given: Mapping[str, Any], dispensable: Mapping[str,
     return [everything[name] for name in names]
 
 
+def third_party(package: str) -> Path | None:
+    """The folder to import a package from that vLLM brings along, or None: its `third_party`, or that of the libraries."""
+    folder = _folder()
+    places = () if folder is None else (folder / "third_party", folder)
+    return next((place for place in places if (place / package / "__init__.py").is_file()), None)
+
+
+def third_party_version(package: str) -> str | None:
+    """vLLM's version, of which the package is a part, or None where it is not there."""
+    folder = third_party(package)
+    if folder is None:
+        return None
+    return f"vLLM {_version((folder / package / '__init__.py',))}"
+
+
 def _argument_name(name: str) -> str:
     name = name.removesuffix("_or_none")
     return _OLD_NAMES.get(name, name)
@@ -140,11 +157,8 @@ def _targets(paths: tuple[Path, ...]) -> tuple[str, ...]:
 @cache
 def _version(paths: tuple[Path, ...]) -> str:
     """By the file that vLLM's build writes beside its libraries, else by the installed package, else by content."""
-    folder = paths[0].parent
-    written = folder / "_version.py"
-    if written.is_file() and (
-        match := re.search(r"^(?:__version__ = )?version = ['\"](.+?)['\"]", written.read_text(encoding="utf-8"), re.M)
-    ):
+    written = [folder / "_version.py" for folder in (_folder(),) if folder and (folder / "_version.py").is_file()]
+    if written and (match := re.search(_WRITTEN_VERSION, written[0].read_text(encoding="utf-8"), re.MULTILINE)):
         return match[1]
     if not os.environ.get(VARIABLE):
         try:
