@@ -31,6 +31,11 @@ _BUILT_IN = (
     "torch_scaled_mm:TorchScaledMmProvider",
     "gemlite:GemliteProvider",
     "triton_kernels:TritonKernelsProvider",
+    "vllm_qutlass:VllmQutlassProvider",
+    "vllm_cutlass:VllmCutlassProvider",
+    "flashinfer:FlashInferCutlassProvider",
+    "flashinfer:FlashInferCudnnProvider",
+    "flashinfer:FlashInferCuteDslProvider",
 )
 
 

@@ -1,0 +1,112 @@
+"""FlashInfer's FP4 products on Blackwell: `mm_fp4` by a provider a backend, `nvfp4_quantize` and `mxfp4_quantize`.
+
+Weights are quantized by this package's rules, TWO_LEVEL for NVFP4 and RCEIL for MXFP4, with scales in the 128 x 4 blocked
+layout; FlashInfer takes them transposed. In mode w4a4 activations are quantized within the call, by FlashInfer, NVFP4 with an
+encode scale that is known beforehand; in w4a4_noquant before, by this package. Alpha is 1 / (S of x * S of w) for NVFP4, and
+none for MXFP4, which the backend cute-dsl alone is given. The backend trtllm is left out: it wants weights shuffled.
+
+FlashInfer (0.6.14) is compiled at the first call of a shape. Not run on a GPU so far.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fp4bench.devices import Device
+from fp4bench.formats import MXFP4, NVFP4, ScaleRule, layouts
+from fp4bench.problems import Accumulation, GemmProblem, Problem
+from fp4bench.providers import Runner, import_optional, installed_version
+from fp4bench.providers.vllm_cutlass import alpha
+from fp4bench.quantize import Quantized, quantize
+
+_NVFP4: Mapping[str, tuple[ScaleRule, ...]] = {NVFP4.name: (ScaleRule.TWO_LEVEL,)}
+
+
+class FlashInferCutlassProvider:
+    """NVFP4 by the backend cutlass, on compute capability 10 to 12."""
+
+    name, backend = "flashinfer_cutlass", "cutlass"
+    majors: tuple[int, ...] = (10, 11, 12)
+    ops = ("gemm",)
+    modes = ("w4a4", "w4a4_noquant")
+    rules = _NVFP4
+
+    def __init__(self) -> None:
+        self.version = installed_version("flashinfer-python")
+
+    def why_not(self, problem: Problem, device: Device) -> str | None:
+        assert isinstance(problem, GemmProblem)
+        if self.version is None:
+            return "flashinfer-python is not installed"
+        if device.capability is None or device.capability[0] not in self.majors:
+            majors = ", ".join(map(str, self.majors))
+            return f"FlashInfer's {self.backend} FP4 needs compute capability {majors}, which {device.name} is not"
+        if problem.hadamard:
+            return "FlashInfer has no rotation"
+        if problem.n % 32 or problem.k % 128:
+            return f"FlashInfer is given n that is a multiple of 32 and k of 128, not {problem.n} and {problem.k}"
+        return None
+
+    def accumulation(self, problem: GemmProblem, device: Device) -> Accumulation | None:
+        """Its quantizers use approximate reciprocals, so that some scales are the neighbours of the right ones."""
+        return Accumulation(bits=9, terms=problem.k) if problem.mode.quantizes else None
+
+    def prepare(self, problem: Any, inputs: Any) -> Runner:
+        flashinfer = import_optional("flashinfer")
+        assert flashinfer is not None  # why_not has asked
+        rule = self.rules[problem.format.name][0]
+        x, w = (quantize(operand, problem.format, rule=rule) for operand in (inputs.x, inputs.w))
+        multiply = _multiplier(flashinfer, self.backend, x, w)
+        if problem.mode.quantizes:
+            quantize_x = _quantizer(flashinfer, inputs.x, x.tensor_scale)
+            return lambda: multiply(*quantize_x())
+        scales = _blocked(x)
+        return lambda: multiply(x.codes, scales)
+
+
+class FlashInferCudnnProvider(FlashInferCutlassProvider):
+    """NVFP4 by the backend cudnn."""
+
+    name, backend = "flashinfer_cudnn", "cudnn"
+
+
+class FlashInferCuteDslProvider(FlashInferCutlassProvider):
+    """NVFP4 and MXFP4 by the backend cute-dsl, on compute capability 10."""
+
+    name, backend, majors = "flashinfer_cute_dsl", "cute-dsl", (10,)
+    rules = {**_NVFP4, MXFP4.name: (ScaleRule.RCEIL,)}
+
+
+def _multiplier(
+    flashinfer: Any, backend: str, x: Quantized, w: Quantized
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    factor = None
+    if x.tensor_scale is not None and w.tensor_scale is not None:
+        factor = alpha(x.tensor_scale, w.tensor_scale)
+    scales = _blocked(w)
+    return lambda codes, x_scales: flashinfer.mm_fp4(
+        a=codes,
+        b=w.codes.T,
+        a_descale=x_scales,
+        b_descale=scales.T,
+        alpha=factor,
+        out_dtype=torch.bfloat16,
+        block_size=w.format.block_size,
+        use_8x4_sf_layout=False,
+        backend=backend,
+        use_nvfp4=w.format is NVFP4,
+    )
+
+
+def _quantizer(flashinfer: Any, x: torch.Tensor, encode_scale: torch.Tensor | None) -> Callable[[], Any]:
+    """What quantizes x: -> codes, and scales in the 128 x 4 layout."""
+    if encode_scale is None:
+        return lambda: flashinfer.mxfp4_quantize(x, backend="cute-dsl")
+    layout, scale = flashinfer.SfLayout.layout_128x4, encode_scale.reshape(1)
+    return lambda: flashinfer.nvfp4_quantize(x, scale, sfLayout=layout, do_shuffle=False)
+
+
+def _blocked(q: Quantized) -> torch.Tensor:
+    rows, columns = layouts.padded_shape(*q.scales.shape)
+    return layouts.to_blocked(q.scales).view(torch.uint8).reshape(rows, columns)
