@@ -2,8 +2,8 @@
 
 At these M the time is that of reading the weight once. So the weight goes from memory into registers in the order in which the
 tensor cores take it (`weights`): a lane's 16-byte load is its A operand of four `mma.sync` of depth 16, W's rows being the rows
-of the product and up to 8 rows of x its columns. No shared memory, no barrier and no change of layout are in the loop. The warps
-of a CTA split k, and their sums meet in shared memory at the end, in a fixed order: the same bits on every run.
+of the product and up to 8 rows of x its columns. No shared memory, no barrier and no change of layout are in the loop. The
+warps of a CTA split k, and their sums meet in shared memory at the end, in a fixed order: the same bits on every run.
 
 Under programmatic dependent launch (`pdl`) a kernel reads its first weights while the kernel before it still runs, and waits
 for that one only before it reads x.
@@ -12,12 +12,11 @@ for that one only before it reads x.
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fp4bench.kernels import fragments
-from fp4bench.kernels.weights import TILE_N, UNIT_K, PreparedWeight
+from fp4bench.kernels.weights import UNIT_K, PreparedWeight
 
 MOST_ROWS = 16  # of x
 
@@ -43,8 +42,8 @@ class DecodeConfig:
     depth: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.tiles <= 8 or self.warps not in (4, 8, 16):
-            raise ValueError(f"{self}: tiles is 1 to 8, warps 4, 8 or 16")
+        if not 1 <= self.tiles <= 8 or self.warps not in (4, 8, 16) or self.depth not in (1, 2):
+            raise ValueError(f"{self}: tiles is 1 to 8, warps 4, 8 or 16, depth 1 or 2")
 
 
 def fits(m: int, weight: PreparedWeight) -> bool:
@@ -134,7 +133,9 @@ def _product(columns: int, two_level: bool, half: bool) -> str:
         for block in range(blocks):
             acc = ", ".join(f"${4 * block + i}" for i in range(4))
             b = f"${x + 8 * block + 2 * slab}, ${x + 8 * block + 2 * slab + 1}"
-            text += f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{acc}}}, {{a0, a1, a2, a3}}, {{{b}}}, {{{acc}}};\n"
+            text += (
+                f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{acc}}}, {{a0, a1, a2, a3}}, {{{b}}}, {{{acc}}};\n"
+            )
     return "{\n" + text + "}"
 
 
@@ -298,7 +299,7 @@ def _load_x(
     EXCHANGE: gl.constexpr,
     FOUR: gl.constexpr,
 ):
-    """x as the B operand of a unit. -> for each 8 columns of the product two int32 [threads, 4], of 32 columns of the unit each."""
+    """x as the B operand of a unit. -> for each 8 rows of x two int32 [threads, 4], of 32 columns of the unit each."""
     lane = thread % 32
     unit = step * WARPS + thread // 32
     t = (lane % 4)[:, None]
@@ -338,16 +339,17 @@ def _load_pairs(at, inside, column, k, ALL_COLUMNS: gl.constexpr, PAIRS: gl.cons
 
 
 @gluon.jit
-def _multiply(
-    queue, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEVEL: gl.constexpr, HALF: gl.constexpr
-):
+def _multiply(queue, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEVEL: gl.constexpr, HALF: gl.constexpr):
     """The first unit of the queue, added to its accumulators. -> for each tile COLUMNS / 8 float32 [threads, 4]."""
     sums = ()
     for tile in gl.static_range(TILES):
         w = queue[2 * tile]
         s = queue[2 * tile + 1]
         if TWO_LEVEL:
-            scales = ((s & 0xFFFFFFFF).to(gl.int32)[:, None] + gl.zeros_like(w), (s >> 32).to(gl.int32)[:, None] + gl.zeros_like(w))
+            scales = (
+                (s & 0xFFFFFFFF).to(gl.int32)[:, None] + gl.zeros_like(w),
+                (s >> 32).to(gl.int32)[:, None] + gl.zeros_like(w),
+            )
         else:
             scales = (s[:, None] + gl.zeros_like(w),)
         if COLUMNS == 8:

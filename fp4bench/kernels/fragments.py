@@ -24,7 +24,7 @@ def to_bfloat16(word: str, a: tuple[str, str, str, str], scratch: str) -> str:
 
 @triton.constexpr_function
 def to_float16(word: str, a: tuple[str, str, str, str], scratch: str) -> str:
-    """The four A registers of a word, as float16 pairs of value * 2**-14: magnitudes stand three bits higher than in bfloat16."""
+    """The four A registers of a word, as float16 pairs of value * 2**-14: three bits higher than in bfloat16."""
     return to_bfloat16(word, a, scratch) + "".join(
         f"and.b32 {scratch}, {register}, {_SIGNS:#x}; and.b32 {register}, {register}, 0x01C001C0;\n"
         f"shl.b32 {register}, {register}, 3; or.b32 {register}, {register}, {scratch};\n"
