@@ -34,6 +34,34 @@ MARLIN = {
     ),
 }
 
+CUTLASS = (  # 0.20.0 to 0.33.0
+    "cutlass_scaled_fp4_mm(Tensor! out, Tensor a, Tensor b, Tensor block_scale_a, Tensor block_scale_b, Tensor alpha) -> ()",
+    "scaled_fp4_quant(Tensor input, Tensor input_scale, bool is_sf_swizzled_layout) -> (Tensor, Tensor)",
+    "scaled_fp4_quant.out(Tensor input, Tensor input_scale, bool is_sf_swizzled_layout, *, "
+    "Tensor(a!) output, Tensor(b!) output_scale) -> ()",
+    "cutlass_scaled_mm_supports_fp4(int cuda_device_capability) -> bool",
+)
+
+_QUTLASS = (
+    "matmul_mxf4_bf16_tn(Tensor A, Tensor B, Tensor A_sf, Tensor B_sf, Tensor alpha) -> Tensor",
+    "matmul_nvf4_bf16_tn(Tensor A, Tensor B, Tensor A_sf, Tensor B_sf, Tensor alpha) -> Tensor",
+    "fusedQuantizeMxQuest(Tensor A, Tensor R, Tensor OUT, Tensor OUT_sf) -> (Tensor, Tensor)",
+    "fusedQuantizeMxAbsMax(Tensor A, Tensor R, Tensor OUT, Tensor OUT_sf) -> (Tensor, Tensor)",
+)
+QUTLASS = {
+    "0.26.0": (
+        *_QUTLASS,
+        "fusedQuantizeNv(Tensor A, Tensor R, Tensor OUT, Tensor OUT_sf, Tensor global_scale) -> (Tensor, Tensor)",
+    ),
+    "0.33.0": (
+        *_QUTLASS,
+        *(
+            f"fusedQuantizeNv{method}(Tensor A, Tensor R, Tensor OUT, Tensor OUT_sf, Tensor global_scale) -> (Tensor, Tensor)"
+            for method in ("Quest", "AbsMax")
+        ),
+    ),
+}
+
 _count = 0
 
 
@@ -60,7 +88,10 @@ def operators(schemas, behind, family, monkeypatch, tmp_path, targets=((SASS, 90
             library.define(schema)
             name = schema.partition("(")[0]
             overload = getattr(getattr(torch.ops, stand_in.namespace), name.partition(".")[0])
-            library.impl(name, by_name(getattr(overload, name.partition(".")[2] or "default")._schema, behind[name]), "CPU")
+            if name in behind:
+                schema_of = getattr(overload, name.partition(".")[2] or "default")._schema
+                takes_tensors = any("Tensor" in str(argument.type) for argument in schema_of.arguments)
+                library.impl(name, by_name(schema_of, behind[name]), "CPU" if takes_tensors else "CompositeExplicitAutograd")
         yield folder
 
 
