@@ -171,8 +171,8 @@ def test_a_provider_that_cannot_run_is_skipped_with_its_reason(project, pytester
 
 
 def test_the_full_gpu_grid_is_collected_in_seconds(project):
-    everything = [f"--{axis}=all" for axis in ("models", "batch-sizes", "had-sizes", "formats", "modes", "providers")]
-    result = project.run(*everything, "--collect-only", "-q")
+    everything = [f"--{axis}=all" for axis in ("models", "batch-sizes", "had-sizes", "formats", "modes")]
+    result = project.run(*everything, "--providers", "torch", "eager", "--collect-only", "-q")
     (found,) = re.findall(r"(\d+) tests collected in ([\d.]+)s", result.text)
     assert int(found[0]) > 10_000
     assert float(found[1]) < 6  # the goal is 3, and 2 idle cores take 1.7
