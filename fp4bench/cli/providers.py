@@ -21,8 +21,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "providers",
         help="each provider: its version, what it computes, and why not here",
-        description=f"Asks each provider about every mode, format and scale rule it has, for n = {_N}, k = {_K} and m = {_M}. "
-        "Other shapes may have reasons of their own; a run shows them as skipped cases.",
+        description=f"Asks each provider about every mode, format and scale rule it has, for n = {_N}, k = {_K} and m = {_M}: "
+        "a table of all, then each with its reasons. Other shapes may have reasons of their own; a run shows them as skipped "
+        "cases.",
     )
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>")
     parser.set_defaults(run=run)
@@ -35,15 +36,52 @@ def run(args: argparse.Namespace) -> int:
     from fp4bench.providers import providers
 
     device = find_device(args.device)
-    blocks = ["\n".join(describe(provider, device)) for provider in providers().values()]
+    known = list(providers().values())
+    blocks = ["\n".join(part) for part in (table(known, device), *(describe(provider, device) for provider in known))]
     sys.stdout.write(f"on {device}\n\n" + "\n\n".join(blocks) + "\n")
     return 0
 
 
-def describe(provider: Provider, device: Device) -> list[str]:
-    """A provider as text: name and version, what it declares, and each reason on this device with the work it prevents."""
+def table(known: Iterable[Provider], device: Device) -> list[str]:
+    """A line a provider: its formats, modes and version (without what its libraries were built for), and what runs here."""
+    rows = [("provider", "formats", "modes", "version", "here")]
+    for provider in known:
+        version = (provider.version or "-").partition(" (")[0]
+        rows.append(
+            (
+                provider.name,
+                ", ".join(provider.rules) or "-",
+                ", ".join(provider.modes) or "-",
+                version,
+                _here(provider, device),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
+
+
+def _here(provider: Provider, device: Device) -> str:
+    """ "yes", "partly", or the reason that keeps most of the work from running."""
+    kept, asked = _kept(provider, device)
+    if not kept:
+        return "yes" if asked else "it declares no work"
+    return "partly" if sum(map(len, kept.values())) < asked else max(kept, key=lambda reason: len(kept[reason]))
+
+
+def _kept(provider: Provider, device: Device) -> tuple[dict[str, list[str]], int]:
+    """Each reason on this device with the kinds of work that it prevents, and how many kinds there are."""
     from fp4bench.providers import why_not
 
+    kept: dict[str, list[str]] = {}
+    asked = list(_samples(provider))
+    for what, problem in asked:
+        if reason := why_not(provider, problem, device):
+            kept.setdefault(reason, []).append(what)
+    return kept, len(asked)
+
+
+def describe(provider: Provider, device: Device) -> list[str]:
+    """A provider as text: name and version, what it declares, and each reason on this device with the work it prevents."""
     rules = [f"{name}: {', '.join(map(str, rules))}" for name, rules in provider.rules.items()]
     lines = [
         f"{provider.name} {provider.version or '(not installed)'}",
@@ -51,15 +89,11 @@ def describe(provider: Provider, device: Device) -> list[str]:
         f"  modes        {', '.join(provider.modes) or '-'}",
         *(f"  {'scale rules' if i == 0 else '':<11}  {rule}" for i, rule in enumerate(rules or ["-"])),
     ]
-    kept: dict[str, list[str]] = {}
-    asked = list(_samples(provider))
-    for what, problem in asked:
-        if reason := why_not(provider, problem, device):
-            kept.setdefault(reason, []).append(what)
+    kept, asked = _kept(provider, device)
     if not kept:
         return [*lines, "  here         all of it" if asked else "  here         nothing: it declares no work"]
-    able = len(asked) - sum(map(len, kept.values()))
-    lines.append(f"  here         {able} of {len(asked)} kinds of work; not")
+    able = asked - sum(map(len, kept.values()))
+    lines.append(f"  here         {able} of {asked} kinds of work; not")
     return [*lines, *(f"    {', '.join(whats)}: {reason}" for reason, whats in kept.items())]
 
 

@@ -82,8 +82,28 @@ def test_every_provider_is_listed(monkeypatch, capsys):
     assert command("--device", "cpu") == 0
     out = capsys.readouterr().out
     assert out.startswith("on ")
-    blocks = out.split("\n\n")[1:]
+    table, *blocks = out.split("\n\n")[1:]
     assert [block.split()[0] for block in blocks] == [*known, "picky"]
+    assert [line.split()[0] for line in table.splitlines()] == ["provider", *known, "picky"]
+
+
+def test_the_table_tells_what_runs_here():
+    class Idle(Picky):
+        name, ops = "idle", ()
+
+    class Far(Picky):
+        name, version = "far", "1.2 (sm_100f)"
+
+        def why_not(self, problem, device):
+            return "it needs a GPU" if problem.op == "gemm" else "it needs a driver"
+
+    assert providers.table([TorchProvider(), Picky(), Far(), Idle()], H200) == [
+        "provider  formats       modes        version" + " " * (len(TorchProvider.version) - 7) + "  here",
+        f"torch     -             bf16, fp8    {TorchProvider.version}  yes",
+        f"picky     mxfp4, nvfp4  w4a16, w4a4  {'-':<{len(TorchProvider.version)}}  partly",
+        f"far       mxfp4, nvfp4  w4a16, w4a4  {'1.2':<{len(TorchProvider.version)}}  it needs a GPU",
+        f"idle      mxfp4, nvfp4  w4a16, w4a4  {'-':<{len(TorchProvider.version)}}  it declares no work",
+    ]
 
 
 def test_a_device_that_is_unknown_is_refused():
