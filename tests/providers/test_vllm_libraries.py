@@ -1,0 +1,46 @@
+"""With vLLM's real libraries: the schemas that they register are those that the stand-ins have, and so what is called.
+
+Needs a GPU's driver, which the libraries are linked to, and not the GPU that a kernel was built for.
+"""
+
+import pytest
+import torch
+from vllm_stand_in import CUTLASS, MARLIN, QUTLASS
+
+from fp4bench.providers import vllm_ops
+
+pytestmark = pytest.mark.gpu
+
+# The version whose schemas a version of vLLM has, as far as it is known.
+_OF = {"0.20": "0.26.0", "0.26": "0.26.0", "0.33": "0.33.0"}
+
+
+def registered(operators, schema):
+    """The schema that a library registered for an operator, or None; loads the libraries."""
+    name = schema.partition("(")[0]
+    base, _, overload = name.partition(".")
+    found = operators._find(base)
+    return None if found is None else getattr(found, overload or "default")._schema
+
+
+def parsed(schema):
+    return torch._C.parse_schema(schema.replace("Tensor!", "Tensor(z!)"))
+
+
+@pytest.mark.parametrize(("family", "schemas"), [("MAIN", MARLIN), ("MAIN", CUTLASS), ("QUTLASS", QUTLASS)], ids=str)
+def test_the_real_schemas_are_those_of_the_stand_ins(family, schemas):
+    operators = getattr(vllm_ops, family)
+    version = operators.version()
+    if version is None:
+        pytest.skip("vLLM's libraries are not here")
+    short = ".".join(version.split(" ")[0].split(".")[:2])
+    if short not in _OF:
+        pytest.skip(f"the schemas of vLLM {short} are not written down")
+    for schema in schemas[_OF[short]] if isinstance(schemas, dict) else schemas:
+        real = registered(operators, schema)
+        assert real is not None, schema
+        want = parsed(schema)
+        assert [(a.name, str(a.type), a.kwarg_only) for a in real.arguments] == [
+            (a.name, str(a.type), a.kwarg_only) for a in want.arguments
+        ]
+        assert [str(r.type) for r in real.returns] == [str(r.type) for r in want.returns]
