@@ -1,4 +1,4 @@
-"""The whole case list of a GPU that is not there: who would run what on a B200, with ids, facts and records; nothing is timed."""
+"""The whole case list of a GPU that is not there: who would run what on a B200, with ids, facts and records; none is timed."""
 
 from collections import defaultdict
 
