@@ -35,6 +35,8 @@ class TorchScaledMmProvider:
             return f"torch {torch.__version__} has no torch.nn.functional.scaled_mm"
         if device.capability is None or device.capability < (10, 0):
             return f"{device.name} has no FP4 tensor cores (Blackwell, compute capability 10.0 or later)"
+        if problem.format is MXFP4 and device.capability >= (11, 0):
+            return f"torch takes MXFP4 on compute capability 10 alone (2.11), which {device.name} is not"
         # cuBLAS: rows of an operand start at multiples of 16 bytes; so do those of the output.
         if problem.k % 32 or problem.n % 16:
             return f"torch's scaled_mm takes FP4 with k a multiple of 32 and n of 16, not {problem.k} and {problem.n}"

@@ -21,7 +21,15 @@ from fp4bench.providers import Runner, vllm_ops
 from fp4bench.quantize import Quantized, quantize
 
 _NAME = "triton_kernels"
-_WARPS = 8  # of the layout of scales; vLLM's default
+
+
+def _warps(m: int) -> int:
+    """Warps that the layout of scales is made for, as in the library's own benchmark (bench_mlp.py).
+
+    They set the width of a tile: with vLLM's default of 8, qkv of Llama-3.3-70B is 40 tiles for 132 SMs, and takes 50 us at m = 1
+    (NVIDIA H200).
+    """
+    return 4 if m <= 512 else 8
 
 
 class TritonKernelsProvider:
@@ -43,12 +51,15 @@ class TritonKernelsProvider:
             return f"triton_kernels has layouts for Hopper and for compute capability 10, which {device.name} is not"
         if problem.n % 32 or problem.k % 128:
             return f"triton_kernels is given n that is a multiple of 32 and k of 128, not {problem.n} and {problem.k}"
+        tile = 32 * _warps(problem.m)
+        if device.capability < (10, 0) and problem.n < tile:
+            return f"triton_kernels' scales for Hopper come in tiles of {tile} columns, and n is {problem.n}"
         return None
 
     def prepare(self, problem: Any, inputs: Any) -> Runner:
         modules = _Modules()
         w = quantize(inputs.w, MXFP4, rule=ScaleRule.FLOOR)
-        values, scales = _laid_out(w, modules, torch.cuda.get_device_capability(inputs.x.device))
+        values, scales = _laid_out(w, _warps(problem.m), modules, torch.cuda.get_device_capability(inputs.x.device))
         ogs = modules.matmul_ogs
         flexible = ogs.FlexCtx(rhs_data=modules.numerics.InFlexData())
         precision = ogs.PrecisionConfig(weight_scale=scales, flex_ctx=flexible, out_dtype=torch.bfloat16)
@@ -70,7 +81,7 @@ class _Modules:
         self.opt_flags = import_module(f"{_NAME}.matmul_ogs_details.opt_flags")
 
 
-def _laid_out(w: Quantized, modules: Any, capability: tuple[int, int]) -> tuple[Any, Any]:
+def _laid_out(w: Quantized, warps: int, modules: Any, capability: tuple[int, int]) -> tuple[Any, Any]:
     """Codes and scales of (n, k) weights as triton_kernels' tensors of one expert: (1, k, n) and (1, k / 32, n)."""
     codes, scales = w.codes[None], w.scales.view(torch.uint8)[None]
     on_hopper = capability[0] == 9
@@ -81,7 +92,7 @@ def _laid_out(w: Quantized, modules: Any, capability: tuple[int, int]) -> tuple[
         scales = pad(scales, (0, -scales.shape[-1] % 4))
     layout, tensor = modules.layout, modules.tensor
     value_layout, value_options = layout.make_default_matmul_mxfp4_w_layout(mx_axis=1)
-    scale_layout, scale_options = layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=1, num_warps=_WARPS)
+    scale_layout, scale_options = layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=1, num_warps=warps)
     values = tensor.wrap_torch_tensor(codes.transpose(-2, -1), dtype=tensor.FP4)
     return (
         tensor.convert_layout(values, value_layout, **value_options),

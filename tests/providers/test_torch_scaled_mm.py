@@ -15,6 +15,7 @@ from fp4bench.providers.torch_scaled_mm import TorchScaledMmProvider
 
 H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 B200 = Device("cuda:0", "NVIDIA B200", (10, 0), 148, 126 << 20)
+RTX_5090 = Device("cuda:0", "RTX 5090", (12, 0), 170, 96 << 20)
 PROVIDER = TorchScaledMmProvider()
 
 SIGNATURE = inspect.signature(functional.scaled_mm)
@@ -74,6 +75,8 @@ def test_both_operands_arrive(mode, fmt, hadamard, monkeypatch):
     [
         (gemm(), H200, "NVIDIA H200 has no FP4 tensor cores (Blackwell, compute capability 10.0 or later)"),
         (gemm(), B200, None),
+        (gemm(), RTX_5090, "torch takes MXFP4 on compute capability 10 alone (2.11), which RTX 5090 is not"),
+        (gemm(fmt=NVFP4), RTX_5090, None),
         (gemm(k=144), B200, "torch's scaled_mm takes FP4 with k a multiple of 32 and n of 16, not 144 and 144"),
         (gemm(n=72), B200, "torch's scaled_mm takes FP4 with k a multiple of 32 and n of 16, not 160 and 72"),
         (gemm(hadamard=64), B200, "k = 160 is not a multiple of the rotation of 64"),

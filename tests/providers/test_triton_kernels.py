@@ -19,7 +19,7 @@ B200 = Device("cuda:0", "NVIDIA B200", (10, 0), 148, 126 << 20)
 RTX_5090 = Device("cuda:0", "RTX 5090", (12, 0), 170, 96 << 20)
 
 
-def gemm(m=5, n=96, k=128):
+def gemm(m=5, n=128, k=128):
     return GemmProblem("tiny", "fc", 1, m, n, k, W4A16, MXFP4)
 
 
@@ -45,7 +45,8 @@ def matmul_ogs(
     out_alpha=None, y=None, fused_activation=None, epilogue=None,
 ):  # fmt: skip
     scales = precision_config.weight_scale
-    assert (bias, w.layout, w.dtype, scales.layout) == (None, "values", "FP4", "scales")
+    warps = 4 if len(x) <= 512 else 8
+    assert (bias, w.layout, w.dtype, scales.layout) == (None, "values", "FP4", f"scales of {warps}")
     assert precision_config.out_dtype == torch.bfloat16
     assert precision_config.flex_ctx == {"rhs_data": "no flexpoint"}
     (codes,), (scale_bytes,) = w.data, scales.data  # one expert: (k / 2, n) and (k / 32 padded, n)
@@ -73,7 +74,10 @@ def copy(tmp_path, monkeypatch):
         ".tensor_details": {},
         ".tensor_details.layout": {
             "make_default_matmul_mxfp4_w_layout": lambda mx_axis: ("values", {"mx_axis": mx_axis}),
-            "make_default_matmul_mxfp4_w_scale_layout": lambda mx_axis, num_warps=8: ("scales", {"mx_axis": mx_axis}),
+            "make_default_matmul_mxfp4_w_scale_layout": lambda mx_axis, num_warps=8: (
+                f"scales of {num_warps}",
+                {"mx_axis": mx_axis},
+            ),
         },
         ".matmul_ogs_details": {},
         ".matmul_ogs_details.opt_flags": {"update_opt_flags_constraints": constraints.update},
@@ -91,7 +95,7 @@ def copy(tmp_path, monkeypatch):
 def test_one_expert_in_its_layouts(capability, constraints, copy, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     provider = TritonKernelsProvider()
-    for problem in (gemm(), gemm(m=1, n=32, k=640)):  # 20 scales a row: padded to a multiple of 4 on Hopper
+    for problem in (gemm(), gemm(m=1, k=640), gemm(m=513, n=256)):
         assert why_not(provider, problem, H200) is None
         inputs = problem.inputs()
         out = provider.prepare(problem, inputs)()
@@ -110,7 +114,10 @@ def test_its_version_is_that_of_vllm(copy):
         (gemm(), RTX_5090, "triton_kernels has layouts for Hopper and for compute capability 10, which RTX 5090 is not"),
         (gemm(), B200, None),
         (gemm(n=51), H200, "triton_kernels is given n that is a multiple of 32 and k of 128, not 51 and 128"),
-        (gemm(k=160), H200, "triton_kernels is given n that is a multiple of 32 and k of 128, not 96 and 160"),
+        (gemm(n=96), B200, None),
+        (gemm(n=96), H200, "triton_kernels' scales for Hopper come in tiles of 128 columns, and n is 96"),
+        (gemm(m=513), H200, "triton_kernels' scales for Hopper come in tiles of 256 columns, and n is 128"),
+        (gemm(k=160), H200, "triton_kernels is given n that is a multiple of 32 and k of 128, not 128 and 160"),
     ],
     ids=str,
 )
