@@ -26,7 +26,7 @@ _NAME = "triton_kernels"
 def _warps(m: int) -> int:
     """Warps that the layout of scales is made for, as in the library's own benchmark (bench_mlp.py).
 
-    They set the width of a tile: with vLLM's default of 8, qkv of Llama-3.3-70B is 40 tiles for 132 SMs, and takes 50 us at m = 1
+    They set the width of a tile: with 8, vLLM's default, qkv of Llama-3.3-70B is 40 tiles for 132 SMs, and takes 50 us at m = 1
     (NVIDIA H200).
     """
     return 4 if m <= 512 else 8
