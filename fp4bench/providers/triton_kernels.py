@@ -2,8 +2,11 @@
 
 vLLM keeps it in its folder `third_party` (API of Triton 3.5); it needs torch and Triton alone. A folder that FP4BENCH_VLLM_LIBS
 names may hold it too. Weights are quantized by this package's FLOOR rule and laid out once as vLLM's `_swizzle_mxfp4` does
-(0.26.0): k along the second axis, in the layouts for values and scales of the GPU's generation, and without splits along k on
-Hopper, whose layout of scales does not allow them. The layer is one expert; nothing is routed.
+(0.26.0): k along the second axis, in the layouts for values and scales of the GPU's generation. The layer is one expert;
+nothing is routed.
+
+Launches are the library's own choice. vLLM forbids splits along k on Hopper, for the sake of its experts: on layers with few
+columns that costs up to three times the time at a small m (down of Llama-3.3-70B at m = 1: 168 us on an NVIDIA H200).
 """
 
 import sys
@@ -22,14 +25,8 @@ from fp4bench.quantize import Quantized, quantize
 
 _NAME = "triton_kernels"
 
-
-def _warps(m: int) -> int:
-    """Warps that the layout of scales is made for, as in the library's own benchmark (bench_mlp.py).
-
-    They set the width of a tile: with 8, vLLM's default, qkv of Llama-3.3-70B is 40 tiles for 132 SMs, and takes 50 us at m = 1
-    (NVIDIA H200).
-    """
-    return 4 if m <= 512 else 8
+_WARPS = 8  # that the layout of scales is made for: the default of the library and of vLLM
+_TILE = 32 * _WARPS  # columns of a tile on Hopper
 
 
 class TritonKernelsProvider:
@@ -51,15 +48,14 @@ class TritonKernelsProvider:
             return f"triton_kernels has layouts for Hopper and for compute capability 10, which {device.name} is not"
         if problem.n % 32 or problem.k % 128:
             return f"triton_kernels is given n that is a multiple of 32 and k of 128, not {problem.n} and {problem.k}"
-        tile = 32 * _warps(problem.m)
-        if device.capability < (10, 0) and problem.n < tile:
-            return f"triton_kernels' scales for Hopper come in tiles of {tile} columns, and n is {problem.n}"
+        if device.capability < (10, 0) and problem.n < _TILE:
+            return f"triton_kernels' scales for Hopper come in tiles of {_TILE} columns, and n is {problem.n}"
         return None
 
     def prepare(self, problem: Any, inputs: Any) -> Runner:
         modules = _Modules()
         w = quantize(inputs.w, MXFP4, rule=ScaleRule.FLOOR)
-        values, scales = _laid_out(w, _warps(problem.m), modules, torch.cuda.get_device_capability(inputs.x.device))
+        values, scales = _laid_out(w, modules, torch.cuda.get_device_capability(inputs.x.device))
         ogs = modules.matmul_ogs
         flexible = ogs.FlexCtx(rhs_data=modules.numerics.InFlexData())
         precision = ogs.PrecisionConfig(weight_scale=scales, flex_ctx=flexible, out_dtype=torch.bfloat16)
@@ -81,18 +77,16 @@ class _Modules:
         self.opt_flags = import_module(f"{_NAME}.matmul_ogs_details.opt_flags")
 
 
-def _laid_out(w: Quantized, warps: int, modules: Any, capability: tuple[int, int]) -> tuple[Any, Any]:
+def _laid_out(w: Quantized, modules: Any, capability: tuple[int, int]) -> tuple[Any, Any]:
     """Codes and scales of (n, k) weights as triton_kernels' tensors of one expert: (1, k, n) and (1, k / 32, n)."""
     codes, scales = w.codes[None], w.scales.view(torch.uint8)[None]
-    on_hopper = capability[0] == 9
-    modules.opt_flags.update_opt_flags_constraints(
-        {"split_k": 1} if on_hopper else {"is_persistent": True, "epilogue_subtile": 1}
-    )
-    if on_hopper:
+    if capability[0] == 9:
         scales = pad(scales, (0, -scales.shape[-1] % 4))
+    else:
+        modules.opt_flags.update_opt_flags_constraints({"is_persistent": True, "epilogue_subtile": 1})
     layout, tensor = modules.layout, modules.tensor
     value_layout, value_options = layout.make_default_matmul_mxfp4_w_layout(mx_axis=1)
-    scale_layout, scale_options = layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=1, num_warps=warps)
+    scale_layout, scale_options = layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=1, num_warps=_WARPS)
     values = tensor.wrap_torch_tensor(codes.transpose(-2, -1), dtype=tensor.FP4)
     return (
         tensor.convert_layout(values, value_layout, **value_options),
