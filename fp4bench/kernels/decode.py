@@ -51,6 +51,15 @@ def fits(m: int, weight: PreparedWeight) -> bool:
     return 1 <= m <= MOST_ROWS and weight.rest is None
 
 
+def candidates(m: int) -> list[DecodeConfig]:
+    """The launches that are worth measuring at m rows of x."""
+    tiles = (1, 2, 3, 4, 5, 7, 8) if m <= 8 else (1, 2, 3, 4, 5, 7)
+    return [DecodeConfig(t, w, exchange, ahead) for t in tiles for w in (4, 8, 16) for exchange, ahead in _WAYS]
+
+
+_WAYS = ((False, False), (False, True), (True, True))
+
+
 def gemm(
     x: torch.Tensor,
     weight: PreparedWeight,

@@ -26,6 +26,7 @@ _PARTS = ("name", "version", "ops", "modes", "rules", "why_not", "prepare")
 _BUILT_IN = (
     "torch_native:TorchProvider",
     "eager:EagerProvider",
+    "triton_native:TritonProvider",
     "vllm_marlin:VllmMarlinProvider",
     "humming:HummingProvider",
     "torch_scaled_mm:TorchScaledMmProvider",

@@ -1,0 +1,228 @@
+"""Which launch a product gets: a pure function of the work and the device, over launches tuned once and stored as JSON.
+
+`tables/<GPU>.json` holds what was measured on a GPU. Nothing is tuned while a case is timed or a request served.
+
+The rule, for work (operand, format, m, n, k): of the entries with its operand and format, those tuned for an m of at least its
+own come first, the nearest such m before the others; then the nearest shape, |log2(n / n')| + |log2(k / k')|; then the first in
+the file. A `decode` entry serves no more rows than it was tuned for. Shapes further off than `FARTHEST` serve nobody: then, and
+without a table, the kernels' defaults are taken. A GPU without a table of its own uses that of one with as many SMs of the same
+compute capability.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from math import log2
+from pathlib import Path
+from typing import Any
+
+from fp4bench.devices import Device
+from fp4bench.formats import FORMATS
+from fp4bench.kernels import blackwell, decode
+from fp4bench.kernels.blackwell import BlackwellConfig
+from fp4bench.kernels.decode import DecodeConfig
+
+Launch = DecodeConfig | BlackwellConfig
+
+KERNELS: dict[str, type[Any]] = {"decode": DecodeConfig, "blackwell": BlackwellConfig}
+
+# What the weight is multiplied as: bfloat16 (and float16, which runs alike), E4M3, or FP4 as it is.
+OPERANDS = ("bf16", "e4m3", "fp4")
+
+FORMAT = 1  # of the files
+_WORK = ("operand", "format", "m", "n", "k")
+FARTHEST = 3.0  # binades of n and k together
+
+# A folder of the user's own tables, which go before those of the package.
+FOLDER_VARIABLE = "FP4BENCH_TABLES"
+_PACKAGED = Path(__file__).with_name("tables")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A product as launches know it: y (m, n) = x (m, k) times a weight of `format` that is multiplied as `operand`.
+
+    x_scaled: the rows of x have scales of their own, which the decode kernel has not. It is no part of a table.
+    """
+
+    operand: str
+    format: str
+    m: int
+    n: int
+    k: int
+    x_scaled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.operand not in OPERANDS or self.format not in FORMATS or min(self.m, self.n, self.k) < 1:
+            raise ValueError(f"there is no {self}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The fastest launch that was found for some work, and the median seconds of a call."""
+
+    work: Work
+    launch: Launch
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """The launches tuned on one model of GPU. `versions`: of what they were tuned with."""
+
+    gpu: str
+    capability: tuple[int, int]
+    sm_count: int
+    versions: Mapping[str, str]
+    entries: tuple[Entry, ...]
+
+
+def choose(work: Work, device: Device) -> Launch:
+    """The launch of `work` on a CUDA device: tuned where a table has it, else the kernel's default."""
+    table = table_of(device)
+    entry = nearest(work, table.entries) if table else None
+    return entry.launch if entry else default(work, device)
+
+
+def nearest(work: Work, entries: Iterable[Entry]) -> Entry | None:
+    """The entry that serves `work` by the rule above, or None."""
+    near = [entry for entry in entries if _serves(entry, work) and _shape_distance(entry.work, work) <= FARTHEST]
+    return min(near, key=lambda entry: (_row_distance(entry.work, work), _shape_distance(entry.work, work)), default=None)
+
+
+def default(work: Work, device: Device) -> Launch:
+    """A launch by arithmetic, for GPUs and shapes that nobody tuned. Raises ValueError for work that has no kernel."""
+    assert device.capability is not None
+    assert device.sm_count is not None
+    if work.operand == "fp4":
+        return blackwell.default_config(work.m, work.n, device.capability)
+    if work.operand == "bf16" and work.m <= decode.MOST_ROWS and not work.x_scaled:
+        return _default_decode(work, device.sm_count)
+    raise ValueError(f"there is no kernel for {work}")
+
+
+def candidates(work: Work, device: Device) -> list[Launch]:
+    """The launches that are worth measuring for some work, the default among them."""
+    found: list[Launch] = [default(work, device)]
+    if work.operand == "fp4":
+        found += [BlackwellConfig(128, n, k, s, w) for n in (128, 256) for k in (128, 256) for s in (3, 4) for w in (4, 8)]
+    elif work.operand == "bf16" and work.m <= decode.MOST_ROWS and not work.x_scaled:
+        found += decode.candidates(work.m)
+    return list(dict.fromkeys(found))
+
+
+def _default_decode(work: Work, sm_count: int) -> DecodeConfig:
+    """As many tiles of 16 rows a CTA as leave every SM one or two CTAs: fewer waste the last wave, more leave SMs idle."""
+    tiles = -(-work.n // 16)
+    most = 8 if work.m <= 8 else 4
+    return DecodeConfig(tiles=max(1, min(most, tiles // (2 * sm_count) or tiles // sm_count)), warps=8)
+
+
+def _serves(entry: Entry, work: Work) -> bool:
+    tuned = entry.work
+    if (tuned.operand, tuned.format) != (work.operand, work.format):
+        return False
+    return not isinstance(entry.launch, DecodeConfig) or (work.m <= tuned.m and not work.x_scaled)
+
+
+def _row_distance(tuned: Work, work: Work) -> tuple[bool, float]:
+    return tuned.m < work.m, abs(log2(tuned.m / work.m))
+
+
+def _shape_distance(tuned: Work, work: Work) -> float:
+    return abs(log2(tuned.n / work.n)) + abs(log2(tuned.k / work.k))
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------------
+
+
+def table_of(device: Device) -> Table | None:
+    """The table of a GPU: its own, or that of a like one. Raises ValueError for a file that is no table."""
+    tables = _tables(tuple(_folders()))
+    own = (table for table in tables if table.gpu == device.name)
+    like = (t for t in tables if (t.capability, t.sm_count) == (device.capability, device.sm_count))
+    return next(own, None) or next(like, None)
+
+
+def table_path(device: Device, folder: Path | None = None) -> Path:
+    """Where the table of a GPU belongs: in `folder`, else the user's own, else the package's."""
+    return (folder or next(_folders())) / f"{device.file_name}.json"
+
+
+def load(path: Path) -> Table:
+    """Read a table. Raises ValueError, one sentence, for a file that cannot be read or is none."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the table of launches {path}: {error}") from error
+    try:
+        return _parsed(raw)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no table of launches of format {FORMAT} ({what}): tune it anew") from error
+
+
+def dump(table: Table) -> str:
+    """A table as the text of its file: a line an entry, so that the change of one is a line of a diff."""
+    head = {"format": FORMAT, "gpu": table.gpu, "capability": table.capability, "sm_count": table.sm_count}
+    head_lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in (head | {"versions": table.versions}).items()]
+    entries = ",\n".join(f"    {json.dumps(_entry_as_json(entry))}" for entry in table.entries)
+    return "\n".join(["{", *head_lines, '  "entries": [', entries, "  ]", "}", ""])
+
+
+def launch_as_json(launch: Launch) -> dict[str, Any]:
+    """A launch by its kernel and what differs from the kernel's defaults."""
+    kernel = next(name for name, kind in KERNELS.items() if type(launch) is kind)
+    plain = KERNELS[kernel]()
+    changed = {name: value for name, value in asdict(launch).items() if value != getattr(plain, name)}
+    return {"kernel": kernel, **changed}
+
+
+def launch_from_json(raw: Mapping[str, Any]) -> Launch:
+    """Inverse of `launch_as_json`. Raises ValueError for what is no launch."""
+    rest = dict(raw)
+    kernel = rest.pop("kernel", None)
+    if kernel not in KERNELS:
+        raise ValueError(f"there is no kernel {kernel!r}")
+    kind = KERNELS[kernel]
+    if unknown := rest.keys() - {field.name for field in fields(kind)}:
+        raise ValueError(f"{kernel} has no {', '.join(sorted(unknown))}")
+    launch: Launch = kind(**rest)
+    return launch
+
+
+def _entry_as_json(entry: Entry) -> dict[str, Any]:
+    work = {name: getattr(entry.work, name) for name in _WORK}
+    return work | {"seconds": entry.seconds, "launch": launch_as_json(entry.launch)}
+
+
+def _parsed(raw: Any) -> Table:
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise ValueError("another format")
+    major, minor = raw["capability"]
+    entries = tuple(_entry_from_json(entry) for entry in raw["entries"])
+    if len({entry.work for entry in entries}) < len(entries):
+        raise ValueError("two entries for the same work")
+    return Table(str(raw["gpu"]), (int(major), int(minor)), int(raw["sm_count"]), dict(raw["versions"]), entries)
+
+
+def _entry_from_json(raw: Mapping[str, Any]) -> Entry:
+    work = Work(*(raw[name] for name in _WORK))
+    seconds = raw["seconds"]
+    if not (isinstance(seconds, float) and 0 < seconds < float("inf")):
+        raise ValueError(f"{work} takes {seconds!r} seconds")
+    return Entry(work, launch_from_json(raw["launch"]), seconds)
+
+
+def _folders() -> Iterator[Path]:
+    if own := os.environ.get(FOLDER_VARIABLE):
+        yield Path(own)
+    yield _PACKAGED
+
+
+@lru_cache
+def _tables(folders: tuple[Path, ...]) -> tuple[Table, ...]:
+    """Read once a process: launches do not change under a running server."""
+    return tuple(load(path) for folder in folders for path in sorted(folder.glob("*.json")))

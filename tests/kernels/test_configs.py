@@ -1,0 +1,84 @@
+"""Which launch a product gets."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from fp4bench.devices import Device
+from fp4bench.kernels import configs
+from fp4bench.kernels.configs import Entry, Table, Work
+from fp4bench.kernels.decode import DecodeConfig
+
+H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
+WORK = Work("bf16", "mxfp4", 8, 8192, 8192)
+
+
+def entry(m, n=8192, k=8192, format="mxfp4", tiles=1):
+    return Entry(Work("bf16", format, m, n, k), DecodeConfig(tiles=tiles), 1e-5)
+
+
+def test_the_nearest_m_from_its_own_on_goes_first_and_then_the_nearest_shape():
+    entries = [entry(16, tiles=1), entry(8, n=16384, tiles=2), entry(8, n=10240, tiles=3), entry(1, tiles=4)]
+    assert configs.nearest(WORK, entries).launch.tiles == 3
+    assert configs.nearest(replace(WORK, m=2), entries).launch.tiles == 3
+    assert configs.nearest(replace(WORK, m=1), entries).launch.tiles == 4
+    assert configs.nearest(replace(WORK, m=12), entries).launch.tiles == 1
+
+
+def test_a_launch_serves_no_more_rows_than_it_was_tuned_for_no_other_format_and_no_far_shape():
+    assert configs.nearest(WORK, [entry(4), entry(8, format="nvfp4"), entry(8, n=8192 * 9)]) is None
+
+
+def test_without_an_entry_there_is_a_default_that_fills_the_gpu():
+    for n in (16, 2048, 8192, 57344):
+        launch = configs.default(replace(WORK, n=n), H200)
+        assert 1 <= launch.tiles <= 8
+        assert n < 16 * 132 or -(-n // (16 * launch.tiles)) >= 132
+    assert configs.default(WORK, H200) in configs.candidates(WORK, H200)
+
+
+def test_work_without_a_kernel_is_an_error():
+    with pytest.raises(ValueError, match="no kernel"):
+        configs.default(replace(WORK, m=17), H200)
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    table = Table("NVIDIA H200", (9, 0), 132, {"triton": "3.6.0"}, (entry(8, tiles=3), entry(16)))
+    path = tmp_path / "table.json"
+    path.write_text(configs.dump(table))
+    assert configs.load(path) == table
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"format": 9}, "another format"),
+        ({"entries": [{"operand": "bf16"}]}, "no 'format'"),
+        ({"entries": [WORK.__dict__ | {"seconds": -1.0, "launch": {"kernel": "decode"}}]}, "seconds"),
+        ({"entries": [WORK.__dict__ | {"seconds": 1.0, "launch": {"kernel": "sorcery"}}]}, "sorcery"),
+        ({"entries": [WORK.__dict__ | {"seconds": 1.0, "launch": {"kernel": "decode", "tiles": 99}}]}, "tiles"),
+        ({"entries": [WORK.__dict__ | {"seconds": 1.0, "launch": {"kernel": "decode"}}] * 2}, "two entries"),
+    ],
+)
+def test_a_file_that_is_no_table_is_one_sentence(tmp_path, change, why):
+    path = tmp_path / "table.json"
+    good = {"format": 1, "gpu": "g", "capability": [9, 0], "sm_count": 132, "versions": {}, "entries": []}
+    path.write_text(json.dumps(good | change))
+    with pytest.raises(ValueError, match=why) as error:
+        configs.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_folder_of_ones_own_goes_first_and_a_like_gpu_lends_its_table(tmp_path, monkeypatch):
+    monkeypatch.setenv(configs.FOLDER_VARIABLE, str(tmp_path))
+    table = Table("NVIDIA Own", (9, 0), 99, {}, (entry(8, tiles=5),))
+    (tmp_path / "own.json").write_text(configs.dump(table))
+    assert configs.choose(WORK, replace(H200, name="NVIDIA Own", sm_count=99)).tiles == 5
+    assert configs.table_of(replace(H200, name="NVIDIA Like", sm_count=99)) == table
+    assert configs.table_of(replace(H200, name="NVIDIA Other", sm_count=98)) is None
+
+
+def test_the_tables_of_the_package_are_tables():
+    for path in configs._PACKAGED.glob("*.json"):
+        assert configs.load(path).entries

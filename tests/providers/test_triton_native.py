@@ -1,0 +1,43 @@
+"""The provider of this package's own kernels. What it computes is in test_gemm_contract.py and tests/kernels."""
+
+import pytest
+
+from fp4bench.devices import Device
+from fp4bench.formats import MXFP4, NVFP4
+from fp4bench.problems import W4A16, GemmProblem
+from fp4bench.providers import triton_native, why_not
+from fp4bench.providers.triton_native import TritonProvider
+
+H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
+B200 = Device("cuda:0", "NVIDIA B200", (10, 0), 148, 126 << 20)
+
+
+def problem(m=1, format=MXFP4):
+    return GemmProblem("some", "o", 1, m, 64, 128, W4A16, format)
+
+
+@pytest.mark.parametrize("format", [MXFP4, NVFP4])
+@pytest.mark.parametrize("m", [1, 16])
+def test_it_runs_on_hopper(m, format):
+    assert why_not(TritonProvider(), problem(m, format), H200) is None
+
+
+def test_it_says_where_it_does_not(monkeypatch):
+    assert "NVIDIA B200" in why_not(TritonProvider(), problem(), B200)
+    assert "cpu" in why_not(TritonProvider(), problem(), Device("cpu", "cpu"))
+    assert "16 rows" in why_not(TritonProvider(), problem(17), H200)
+    monkeypatch.setattr(triton_native, "import_optional", lambda name: None)
+    assert why_not(TritonProvider(), problem(), H200) == "Triton is not installed"
+
+
+def test_timing_without_launch_overlap_is_part_of_the_version(monkeypatch):
+    monkeypatch.setenv(triton_native.PDL_VARIABLE, "0")
+    assert TritonProvider().version.endswith("+nopdl")
+    monkeypatch.delenv(triton_native.PDL_VARIABLE)
+    assert "nopdl" not in TritonProvider().version
+
+
+def test_the_most_rows_are_those_of_the_kernel():
+    from fp4bench.kernels import decode
+
+    assert triton_native._MOST_ROWS == decode.MOST_ROWS
