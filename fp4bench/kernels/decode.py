@@ -204,7 +204,7 @@ def _decode(
     AHEAD: gl.constexpr,
     STREAMING: gl.constexpr,
     DEPTH: gl.constexpr,
-):
+):  # type: ignore[no-untyped-def]
     # Four registers a thread: a lane's words of a unit, its x of 32 columns, or its accumulators.
     FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
     thread = gl.arange(0, 32 * WARPS, layout=gl.SliceLayout(1, FOUR))
@@ -217,11 +217,11 @@ def _decode(
     scales_at = scales.to(gl.pointer_type(gl.int64), bitcast=True) if TWO_LEVEL else scales
     scales_at = scales_at + first * (UNITS * 8) + (warp * 8 + lane // 4)
 
-    acc = ()
+    acc = ()  # type: ignore[var-annotated]
     for _ in gl.static_range(TILES * (COLUMNS // 8)):
         acc = acc + (gl.zeros([32 * WARPS, 4], gl.float32, FOUR),)
     # The next DEPTH units: words and scales of each tile. A queue, whose every turn the loop unrolls.
-    queue = ()
+    queue = ()  # type: ignore[var-annotated]
     for step in gl.static_range(DEPTH):
         queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES, STREAMING)
     # Everything above is the weight's. x may still be written by the kernel before.
@@ -270,14 +270,14 @@ def _load_unit(
     WARPS: gl.constexpr,
     TILES: gl.constexpr,
     STREAMING: gl.constexpr,
-):
+):  # type: ignore[no-untyped-def]
     """A unit of each tile: int32 [threads, 4], the lane's words, and int32 or int64 [threads], the scales of rows g and g + 8.
 
     Beyond the last unit zeros.
     """
     MODIFIER: gl.constexpr = ".cg" if STREAMING == 2 else ""
     POLICY: gl.constexpr = "evict_first" if STREAMING == 1 else ""
-    unit = ()
+    unit = ()  # type: ignore[var-annotated]
     for tile in gl.static_range(TILES):
         word = words_at + tile * (UNITS * 128) + step * (WARPS * 128)
         scale = scales_at + tile * (UNITS * 8) + step * (WARPS * 8)
@@ -307,13 +307,13 @@ def _load_x(
     PAIRS: gl.constexpr,
     EXCHANGE: gl.constexpr,
     FOUR: gl.constexpr,
-):
+):  # type: ignore[no-untyped-def]
     """x as the B operand of a unit. -> for each 8 rows of x two int32 [threads, 4], of 32 columns of the unit each."""
     lane = thread % 32
     unit = step * WARPS + thread // 32
     t = (lane % 4)[:, None]
     four = gl.arange(0, 4, layout=gl.SliceLayout(0, FOUR))[None, :]
-    b = ()
+    b = ()  # type: ignore[var-annotated]
     for i in gl.static_range(COLUMNS // 4):
         row = (lane // 4 + 8 * (i // 2))[:, None]
         inside = row < m
@@ -335,7 +335,7 @@ def _load_x(
 
 
 @gluon.jit
-def _load_pairs(at, inside, column, k, ALL_COLUMNS: gl.constexpr, PAIRS: gl.constexpr):
+def _load_pairs(at, inside, column, k, ALL_COLUMNS: gl.constexpr, PAIRS: gl.constexpr):  # type: ignore[no-untyped-def]
     """Two neighbours of 16 bits at each address, 0 from column k on. -> int32."""
     if PAIRS:
         if not ALL_COLUMNS:
@@ -348,9 +348,9 @@ def _load_pairs(at, inside, column, k, ALL_COLUMNS: gl.constexpr, PAIRS: gl.cons
 
 
 @gluon.jit
-def _multiply(queue, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEVEL: gl.constexpr, HALF: gl.constexpr):
+def _multiply(queue, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEVEL: gl.constexpr, HALF: gl.constexpr):  # type: ignore[no-untyped-def]
     """The first unit of the queue, added to its accumulators. -> for each tile COLUMNS / 8 float32 [threads, 4]."""
-    sums = ()
+    sums = ()  # type: ignore[var-annotated]
     for tile in gl.static_range(TILES):
         w = queue[2 * tile]
         s = queue[2 * tile + 1]
@@ -398,7 +398,7 @@ def _store(
     WARPS: gl.constexpr,
     COLUMNS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-):
+):  # type: ignore[no-untyped-def]
     """Sum over the warps, scale, and store: W / 4 accumulators at a time, an element a thread."""
     BLOCKS: gl.constexpr = COLUMNS // 8
     GROUP: gl.constexpr = WARPS // 4
