@@ -13,7 +13,7 @@ LANES = np.arange(32)
 
 
 def run(text, operands):
-    """Execute `text`. operands: what $0, $1, ... stand for, uint32 or float64 (32,). -> the list; those written are replaced."""
+    """Execute `text`. operands: what $0, $1, ... stand for, uint32 or float64 (32,). -> the list, with those written new."""
     registers = {}
 
     def read(name):
