@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from products import product, run_of
+from recorded import write
 
 from fp4bench import cli
+from fp4bench.cli import report as cli_report
 from fp4bench.evidence import baselines, report
 from fp4bench.models import get_model
 from fp4bench.plugin.options import floors_table
@@ -112,6 +115,35 @@ def test_tables_of_spread_are_those_of_the_accepted_runs(machine):
     (shown,) = re.findall(rf"<!-- spread {machine} -->\n(.*?)<!-- end -->", README, flags=re.DOTALL)
     lines = report.spread(baselines.accepted(ROOT / "baselines" / machine, machine))
     assert shown.strip().splitlines() == [line for line in lines if line.startswith("|")]
+
+
+def stale_kernel_tables(text):
+    """What follows `fp4bench report --kernels` in each `<!-- kernels ... -->` of a text that does not show what that prints."""
+    marked = re.findall(r"<!-- kernels (.+?) -->\n(.*?)<!-- end -->", text, flags=re.DOTALL)
+    assert len(marked) == text.count("<!-- kernels "), "a marker without its <!-- end -->"
+    return [words for words, shown in marked if shown.strip().splitlines() != kernel_table(words)]
+
+
+def kernel_table(words):
+    asked = cli.parser().parse_args(["report", "--kernels", *shlex.split(words)])
+    return cli_report.lines(asked)
+
+
+def test_tables_of_kernels_are_those_of_the_records(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert stale_kernel_tables(README) == []
+
+
+def test_a_stale_table_of_kernels_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "0001_a.json", run_of(product("torch", "bf16", 1, 40), product("triton", "w4a16", 1, 10)))
+    table = "\n".join(kernel_table("0001_a.json --modes w4a16"))
+    text = f"before\n<!-- kernels 0001_a.json --modes w4a16 -->\n{table}\n<!-- end -->\n"
+    assert "4.00x" in text
+    assert stale_kernel_tables(text) == []
+    assert stale_kernel_tables(text.replace("4.00x", "4.10x")) == ["0001_a.json --modes w4a16"]
+    with pytest.raises(AssertionError, match="without its"):
+        stale_kernel_tables(text.replace("<!-- end -->", ""))
 
 
 def test_the_two_set_up_commands_come_first():

@@ -33,7 +33,7 @@ _MARKERS = "osD^vPX<>hp"
 _YARDSTICKS = {"bf16": "#000000", "fp8": "#777777"}
 # What a mode shares a panel with: the same operands, quantized before the timed region.
 _SHARED = {"w4a4_noquant": "w4a4"}
-_ROOF = {"color": "#444444", "linestyle": ":", "linewidth": 1.4}
+_ROOF: dict[str, Any] = {"color": "#444444", "linestyle": ":", "linewidth": 1.4}
 _COLUMNS = 3
 _LETTERS_AN_INCH = 11  # of a title of 11 points
 
@@ -114,7 +114,7 @@ def draw(results: Results, fmt: str | None, shape: Shape) -> Figure:
             _label(axes, shown[i], first=column == 0, last=last)
         if i < len(shown):
             grid[len(draws) * row, column].set_title(shown[i].title, fontsize=10)
-    _legend(figure, shown, looks)
+    _legend(figure, shown, results, looks)
     return figure
 
 
@@ -231,7 +231,7 @@ def _roof(mode: str, records: dict[int, Any], results: Results) -> tuple[Any, li
     return dense, [record["flops"] * 1e-12 / seconds for record, seconds in zip(at, least, strict=True) if seconds]
 
 
-def _legend(figure: Figure, shown: Sequence[Panel], looks: dict[str, dict[str, Any]]) -> None:
+def _legend(figure: Figure, shown: Sequence[Panel], results: Results, looks: dict[str, dict[str, Any]]) -> None:
     """One for all panels, beside them, so that it covers nothing."""
     from matplotlib.lines import Line2D
 
@@ -245,5 +245,6 @@ def _legend(figure: Figure, shown: Sequence[Panel], looks: dict[str, dict[str, A
     handles += [Line2D([], [], label=provider, **looks[provider]) for provider in sorted(providers)]
     if any(curve.answer.mode in _SHARED for curve in drawn):
         handles.append(Line2D([], [], label="dashed: quantized before", color="#444444", linestyle="--"))
-    handles.append(Line2D([], [], label="measured roof", **_ROOF))
+    if any(_roofs(panel, results) for panel in shown):
+        handles.append(Line2D([], [], label="measured roof", **_ROOF))
     figure.legend(handles=handles, loc="outside right center", fontsize=9, frameon=False)
