@@ -46,18 +46,20 @@ class DecodeConfig:
             raise ValueError(f"{self}: tiles is 1 to 8, warps 4, 8 or 16, depth 1 or 2")
 
 
+def candidates(m: int) -> list[DecodeConfig]:
+    """The launches that are worth measuring for m rows of x, whatever the weight."""
+    found = []
+    for tiles, warps in ((2, 8), (2, 16), (3, 16), (4, 4), (4, 8), (4, 16), (5, 8), (5, 16), (7, 4)):
+        found.append(DecodeConfig(tiles, warps))
+        found.append(DecodeConfig(tiles, warps, ahead=True))
+        if m > 2:
+            found.append(DecodeConfig(tiles, warps, exchange=True, ahead=True))
+    return found
+
+
 def fits(m: int, weight: PreparedWeight) -> bool:
     """Whether this kernel computes m rows of x by `weight`."""
     return 1 <= m <= MOST_ROWS and weight.rest is None
-
-
-def candidates(m: int) -> list[DecodeConfig]:
-    """The launches that are worth measuring at m rows of x."""
-    tiles = (1, 2, 3, 4, 5, 7, 8) if m <= 8 else (1, 2, 3, 4, 5, 7)
-    return [DecodeConfig(t, w, exchange, ahead) for t in tiles for w in (4, 8, 16) for exchange, ahead in _WAYS]
-
-
-_WAYS = ((False, False), (False, True), (True, True))
 
 
 def gemm(

@@ -242,6 +242,13 @@ def test_what_fits():
     assert not fits(1, replace(weight, rest=weight))
 
 
+def test_candidates_are_distinct_and_exchange_x_only_where_rows_share_the_loads():
+    for m in (1, 16):
+        found = kernel.candidates(m)
+        assert len(set(found)) == len(found)
+        assert any(config.exchange for config in found) == (m > 2)
+
+
 @pytest.mark.parametrize("change", [{"tiles": 0}, {"tiles": 9}, {"warps": 2}, {"warps": 32}, {"depth": 0}], ids=str)
 def test_a_config_that_cannot_be_is_refused(change):
     with pytest.raises(ValueError, match="tiles is 1 to 8"):
