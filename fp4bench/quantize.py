@@ -70,7 +70,7 @@ def quantize(
     Raises TypeError for other dtypes, ValueError for a rule, rotation or scale that the format does not have.
     """
     rule = rule or format.default_rule
-    _check_arguments(x, format, rule, hadamard, tensor_scale, scale_floor)
+    check_arguments(x, format, rule, hadamard, tensor_scale, scale_floor)
     x = x.detach()
     k = x.shape[-1]
     group = lcm(format.block_size, hadamard or 1)
@@ -160,14 +160,15 @@ def decode_fp8_rows(q: RowQuantized) -> torch.Tensor:
     return q.values.float() * q.scales
 
 
-def _check_arguments(
+def check_arguments(
     x: torch.Tensor,
     format: BlockFormat,
     rule: ScaleRule,
     hadamard: int | None,
     tensor_scale: torch.Tensor | float | None,
-    scale_floor: float,
+    scale_floor: float = 0.0,
 ) -> None:
+    """Raise TypeError or ValueError where `quantize` cannot quantize x so."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"quantize takes float32, bfloat16 or float16, not {x.dtype}")
     if x.dim() == 0:
