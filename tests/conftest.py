@@ -1,7 +1,12 @@
 """Tests marked `gpu` are skipped where there is no GPU."""
 
+import os
+
 import pytest
 import torch
+
+# Triton 3.9 warns where it is not set, and warnings are errors here; our kernels state what they need.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def pytest_collection_modifyitems(items):

@@ -7,13 +7,15 @@ the padding is 0.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fp4bench.formats import BlockFormat, layouts
+from fp4bench.formats import layouts
+from fp4bench.kernels.quantize import BlockedQuantized
 from fp4bench.quantize import Quantized
 
 # Blackwell's compute capabilities by their major number: B200 and B300 (10), RTX 5090 and RTX PRO 6000 (12).
@@ -39,36 +41,9 @@ class BlackwellConfig:
             raise ValueError(f"{self}: rows, columns and k are powers of two from 128 on")
 
 
-@dataclass(frozen=True, eq=False)
-class BlockedOperand:
-    """An FP4 matrix as tensor cores of Blackwell read it.
-
-    codes: uint8 (rows, k padded / 2), k padded to a multiple of 32. scales: the format's scale dtype, in the 128x4 blocked
-    layout (`fp4bench.formats.layouts`), padding bytes zero. tensor_scale: float32 (), the encode scale of NVFP4, or None.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    tensor_scale: torch.Tensor | None
-    format: BlockFormat
-
-    def __post_init__(self) -> None:
-        rows, row_bytes = self.codes.shape
-        if row_bytes % (ALIGNMENT // 2):
-            raise ValueError(f"rows of codes are whole 16 bytes, not {row_bytes}: pad k to a multiple of {ALIGNMENT}")
-        padded_rows, padded_columns = layouts.padded_shape(rows, 2 * row_bytes // self.format.block_size)
-        if self.scales.shape != (padded_rows * padded_columns,):
-            raise ValueError(f"blocked scales have shape ({padded_rows * padded_columns},), not {tuple(self.scales.shape)}")
-
-
-def blocked(q: Quantized) -> BlockedOperand:
-    """A quantized matrix (rows, k) with its scales blocked.
-
-    Raises ValueError where k padded is no multiple of 32, and for a scale rule whose codes hold more than x / scale.
-    """
-    if q.rule.gain != 1.0:
-        raise ValueError(f"codes by the rule {q.rule} are {q.rule.gain:g} times too large for a product: use another rule")
-    return BlockedOperand(q.codes, layouts.to_blocked(q.scales), q.tensor_scale, q.format)
+def blocked(q: Quantized) -> BlockedQuantized:
+    """A quantized matrix (rows, k) with its scales blocked."""
+    return BlockedQuantized(q.codes, layouts.to_blocked(q.scales), q.tensor_scale, q.format, q.rule, q.hadamard, q.k)
 
 
 def default_config(m: int, n: int, capability: tuple[int, int]) -> BlackwellConfig:
@@ -83,8 +58,8 @@ def default_config(m: int, n: int, capability: tuple[int, int]) -> BlackwellConf
 
 
 def gemm(
-    x: BlockedOperand,
-    weight: BlockedOperand,
+    x: BlockedQuantized,
+    weight: BlockedQuantized,
     out: torch.Tensor,
     *,
     config: BlackwellConfig,
@@ -94,8 +69,11 @@ def gemm(
     """out = x @ weight.T * alpha + bias, summed in float32 and rounded once.
 
     x (m, k), weight (n, k) of one format -> out bfloat16, float16 or float32 (m, n), contiguous. bias: float (n) or None.
-    Allocates nothing on the device and waits for nothing. Raises ValueError for operands that do not fit together.
+    Allocates nothing on the device and waits for nothing. Raises ValueError for operands that TMA cannot read, that do not fit
+    together, or that are by a scale rule whose codes hold more than x / scale.
     """
+    _check(x)
+    _check(weight)
     (m, row_bytes), n = x.codes.shape, weight.codes.shape[0]
     if weight.codes.shape[1] != row_bytes or x.format is not weight.format or out.shape != (m, n) or not out.is_contiguous():
         raise ValueError(
@@ -125,7 +103,17 @@ def gemm(
     )
 
 
-def _descriptors(operand: BlockedOperand, rows: int, k: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+def _check(operand: BlockedQuantized) -> None:
+    rows, row_bytes = operand.codes.shape
+    if row_bytes % (ALIGNMENT // 2):
+        raise ValueError(f"TMA reads rows of whole 16 bytes, not {row_bytes}: pad k to a multiple of {ALIGNMENT}")
+    if operand.scales.shape != (prod(layouts.padded_shape(rows, 2 * row_bytes // operand.format.block_size)),):
+        raise ValueError(f"scales of shape {tuple(operand.scales.shape)} are not those of {rows} rows, blocked")
+    if operand.rule.gain != 1.0:
+        raise ValueError(f"codes by the rule {operand.rule} are {operand.rule.gain:g} times too large: use another rule")
+
+
+def _descriptors(operand: BlockedQuantized, rows: int, k: int) -> tuple[TensorDescriptor, TensorDescriptor]:
     """How TMA cuts the codes and the blocked scales of an operand into tiles of `rows` x `k`."""
     columns = k // operand.format.block_size
     padded_rows, padded_columns = layouts.padded_shape(

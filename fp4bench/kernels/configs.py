@@ -20,13 +20,14 @@ from typing import Any
 
 from fp4bench.devices import Device
 from fp4bench.formats import FORMATS
-from fp4bench.kernels import blackwell, decode
+from fp4bench.kernels import blackwell, decode, prefill
 from fp4bench.kernels.blackwell import BlackwellConfig
 from fp4bench.kernels.decode import DecodeConfig
+from fp4bench.kernels.prefill import PrefillConfig
 
-Launch = DecodeConfig | BlackwellConfig
+Launch = DecodeConfig | PrefillConfig | BlackwellConfig
 
-KERNELS: dict[str, type[Any]] = {"decode": DecodeConfig, "blackwell": BlackwellConfig}
+KERNELS: dict[str, type[Any]] = {"decode": DecodeConfig, "prefill": PrefillConfig, "blackwell": BlackwellConfig}
 
 # What the weight is multiplied as: bfloat16 (and float16, which runs alike), E4M3, or FP4 as it is.
 OPERANDS = ("bf16", "e4m3", "fp4")
@@ -100,6 +101,8 @@ def default(work: Work, device: Device) -> Launch:
         return blackwell.default_config(work.m, work.n, device.capability)
     if work.operand == "bf16" and work.m <= decode.MOST_ROWS and not work.x_scaled:
         return _default_decode(work, device.sm_count)
+    if work.operand == "bf16" and not work.x_scaled:
+        return prefill.default_config(work.m)
     raise ValueError(f"there is no kernel for {work}")
 
 

@@ -1,4 +1,4 @@
-"""Kernels of this package, in Triton: FP4 weights read once, in the order of tensor core fragments (`fp4bench.kernels`)."""
+"""Kernels of this package, in Triton: FP4 weights read in the order of tensor core fragments, and quantization in one pass."""
 
 import os
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from fp4bench.devices import Device, find_device
-from fp4bench.formats import MXFP4, NVFP4, ScaleRule
-from fp4bench.problems import GemmProblem, Problem
+from fp4bench.formats import FORMATS, ScaleRule
+from fp4bench.problems import GemmProblem, Problem, QuantizeProblem
 from fp4bench.providers import Runner, import_optional, installed_version
 from fp4bench.quantize import quantize
 
@@ -17,16 +17,15 @@ from fp4bench.quantize import quantize
 PDL_VARIABLE = "FP4BENCH_TRITON_PDL"
 
 _HOPPER = (9, 0)
-_MOST_ROWS = 16  # of `fp4bench.kernels.decode`, which needs Triton to be asked
 
 
 class TritonProvider:
-    """MXFP4 (FLOOR) and NVFP4 (TWO_LEVEL) weights times bfloat16 activations of up to 16 rows, on Hopper."""
+    """FP4 weights times bfloat16 activations, and quantization by every rule with and without rotation, on Hopper."""
 
     name = "triton"
-    ops = ("gemm",)
+    ops = ("quantize", "gemm")
     modes = ("w4a16",)
-    rules: Mapping[str, tuple[ScaleRule, ...]] = {MXFP4.name: (ScaleRule.FLOOR,), NVFP4.name: (ScaleRule.TWO_LEVEL,)}
+    rules: Mapping[str, tuple[ScaleRule, ...]] = {name: fmt.rules for name, fmt in FORMATS.items()}
 
     def __init__(self) -> None:
         self._pdl = os.environ.get(PDL_VARIABLE, "1") != "0"
@@ -34,28 +33,40 @@ class TritonProvider:
         self.version = version if version is None or self._pdl else f"{version}+nopdl"
 
     def why_not(self, problem: Problem, device: Device) -> str | None:
-        assert isinstance(problem, GemmProblem)
         if device.capability != _HOPPER:
             return f"its kernels are measured on Hopper alone (compute capability 9.0), which {device.name} is not"
         if import_optional("triton") is None:
             return "Triton is not installed"
-        if problem.m > _MOST_ROWS:
-            return f"it has no kernel yet for more than {_MOST_ROWS} rows of activations"
         return None
 
     def prepare(self, problem: Problem, inputs: Any) -> Runner:
         """The runner writes to one output, the same on each call. Raises ValueError for a weight that is a sum of weights."""
-        from fp4bench.kernels import configs, decode, weights
+        if isinstance(problem, QuantizeProblem):
+            return _quantize(problem, inputs)
+        from fp4bench.kernels import configs, decode, prefill, weights
 
         assert isinstance(problem, GemmProblem)
         assert problem.format is not None
-        q = quantize(inputs.w, problem.format)
-        weight = weights.prepare(q)
-        if not decode.fits(problem.m, weight):
+        x: torch.Tensor = inputs.x
+        weight = weights.prepare(quantize(inputs.w, problem.format))
+        if weight.rest is not None:
             raise ValueError(f"{problem}: block scales of one row lie further apart than bfloat16's exponents reach")
-        work = configs.Work("bf16", problem.format.name, problem.m, problem.n, problem.k)
-        launch = configs.choose(work, find_device(str(inputs.x.device)))
-        assert isinstance(launch, decode.DecodeConfig)
-        out = torch.empty(problem.m, problem.n, dtype=inputs.x.dtype, device=inputs.x.device)
-        pdl = self._pdl
-        return lambda: decode.gemm(inputs.x, weight, out, config=launch, pdl=pdl)
+        device = find_device(str(x.device))
+        launch = configs.choose(configs.Work("bf16", problem.format.name, problem.m, problem.n, problem.k), device)
+        out = torch.empty(problem.m, problem.n, dtype=x.dtype, device=x.device)
+        if isinstance(launch, decode.DecodeConfig):
+            pdl = self._pdl
+            return lambda: decode.gemm(x, weight, out, config=launch, pdl=pdl)
+        assert isinstance(launch, prefill.PrefillConfig)
+        assert device.sm_count is not None
+        size = prefill.workspace_bytes(problem.m, weight, x.dtype, launch, device.sm_count)
+        workspace = torch.zeros(size, dtype=torch.uint8, device=x.device)
+        return lambda: prefill.gemm(x, weight, out, config=launch, workspace=workspace)
+
+
+def _quantize(problem: QuantizeProblem, x: torch.Tensor) -> Runner:
+    from fp4bench.kernels import quantize as kernel
+
+    fmt, rule, hadamard = problem.format, problem.rule, problem.hadamard
+    out = kernel.empty(x, fmt, rule=rule, hadamard=hadamard)
+    return lambda: kernel.quantize(x, fmt, rule=rule, hadamard=hadamard, out=out)

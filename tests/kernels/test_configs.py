@@ -38,9 +38,14 @@ def test_without_an_entry_there_is_a_default_that_fills_the_gpu():
     assert configs.default(WORK, H200) in configs.candidates(WORK, H200)
 
 
+@pytest.mark.parametrize(("m", "columns"), [(17, 32), (64, 64), (65, 128), (1024, 128)])
+def test_more_rows_than_the_decode_kernel_takes_go_to_the_other(m, columns):
+    assert configs.default(replace(WORK, m=m), H200).columns == columns
+
+
 def test_work_without_a_kernel_is_an_error():
     with pytest.raises(ValueError, match="no kernel"):
-        configs.default(replace(WORK, m=17), H200)
+        configs.default(replace(WORK, operand="e4m3"), H200)
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):

@@ -1,0 +1,728 @@
+"""Y[m, n] = X[m, k] @ W[n, k]^T on Hopper's `wgmma`, W in FP4: any m, best from some 16 rows of x on.
+
+W is the left operand and goes through registers: the words of a prepared weight are in the order of its fragments, so decoding
+them needs no shuffle and no shared memory, and the result feeds `wgmma` as it is. X is the right operand, from shared memory.
+So a CTA computes a tile of Y^T, and transposes it on the way out. The operand is bfloat16 or float16 (exact, see `weights`), or
+E4M3 for FP8 activations (MXFP4 weights only: NVFP4's scales have no room in it).
+
+A CTA has one warp that brings tiles of x, words and scales by TMA into a ring of stages, and one or two warpgroups that decode
+and multiply, each its own rows of W. A warpgroup decodes step i + 1 while the tensor cores work on step i: the `wgmma` of i + 1
+is issued before that of i is waited for, which also keeps ptxas from moving the decoding behind the wait (it does, where only
+the use of the result is behind it: then nothing overlaps).
+
+CTAs are persistent, one or more an SM. The tiles that do not fill a last round are cut along k into equal shares for all CTAs;
+so are all tiles where there are fewer than CTAs (small m). Partial sums go to the workspace in float32, and the warpgroup that
+brings the last one of a tile adds them up, in the order of k: the result does not depend on who was last.
+
+E4M3: Hopper adds FP8 products with some 14 bits (`Mode.sum_bits` of w4a8); bfloat16 and float16 products in float32.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fp4bench.kernels.unpack import assembly
+from fp4bench.kernels.weights import TILE_N, UNIT_K, PreparedWeight
+
+_FORMS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e4m3"}
+_WARPGROUP_ROWS = 64  # rows of one wgmma
+_SHARED_BYTES = 227 * 1024  # of an SM, to one CTA
+_BARRIERS_AND_SCRATCH = 6 * 1024
+_REGISTERS = 65536  # of an SM
+_PRODUCER_REGISTERS = 24  # the fewest that setmaxnreg allows
+_FEWEST_STEPS = 4  # a share of a tile is not worth its partial sum below that
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """How one product is launched.
+
+    rows, columns: the tile of a CTA, rows of W (n) and rows of x (m). depth: columns of k in a step.
+    stages: steps that shared memory holds. warpgroups: which share the rows. ctas: CTAs an SM.
+    group: m tiles that are worked on together, to share the L2. streamed: whether tiles are cut along k to fill all SMs.
+    """
+
+    rows: int = 128
+    columns: int = 128
+    depth: int = 64
+    stages: int = 4
+    warpgroups: int = 2
+    ctas: int = 1
+    group: int = 8
+    streamed: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("rows", (64, 128, 256)),
+            ("columns", (8, 16, 32, 64, 128, 256)),
+            ("depth", (64, 128, 256)),
+            ("warpgroups", (1, 2)),
+            ("ctas", (1, 2, 3, 4)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {allowed}, not {getattr(self, name)}")
+        if self.rows < _WARPGROUP_ROWS * self.warpgroups:
+            raise ValueError(
+                f"{self.warpgroups} warpgroups need at least {_WARPGROUP_ROWS * self.warpgroups} rows, not {self.rows}"
+            )
+        if self.accumulators > 128:
+            raise ValueError(f"a {self.rows} x {self.columns} tile takes {self.accumulators} registers a thread, more than 128")
+        if self.stages < 2 or self.group < 1:
+            raise ValueError(f"at least 2 stages and 1 m tile a group, not {self.stages} and {self.group}")
+
+    @property
+    def accumulators(self) -> int:
+        """Registers of a thread that hold sums."""
+        return self.rows * self.columns // (128 * self.warpgroups)
+
+    @property
+    def registers(self) -> int:
+        """Registers a thread at the launch, by which the consumers' share is known."""
+        threads = 128 * (self.warpgroups + 1) * self.ctas
+        return min(255, _REGISTERS // threads // 8 * 8)
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers of a consumer's thread, after the producer's warps gave theirs."""
+        free = self.registers * (self.warpgroups + 1) - _PRODUCER_REGISTERS
+        return min(240, free // self.warpgroups // 8 * 8)
+
+    def shared_bytes(self, x_itemsize: int, scales_per_byte: int) -> int:
+        """Shared memory of a CTA; scales_per_byte: 1 for MXFP4, 2 for NVFP4 scales of a k of 32."""
+        words = self.rows * self.depth // 2 + self.rows * self.depth // 32 * scales_per_byte
+        return self.stages * (self.columns * self.depth * x_itemsize + words) + _BARRIERS_AND_SCRATCH
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which CTA computes what: `shared` tiles are cut along k among all, the others are taken whole, in turn."""
+
+    ctas: int
+    shared: int
+    tiles: int
+    steps: int
+    n_tiles: int
+    m_tiles: int
+
+    @classmethod
+    def of(cls, m: int, tiles_16: int, units: int, config: PrefillConfig, sms: int) -> "Schedule":
+        """The schedule of an m-row product with a weight of so many tiles of 16 rows and units of 64 columns."""
+        n_tiles, m_tiles = ceil(tiles_16 * TILE_N / config.rows), ceil(m / config.columns)
+        tiles, steps = n_tiles * m_tiles, ceil(units * UNIT_K / config.depth)
+        ctas = sms * config.ctas
+        if not config.streamed:
+            return cls(min(ctas, tiles), 0, tiles, steps, n_tiles, m_tiles)
+        if tiles >= ctas:
+            return cls(ctas, tiles % ctas, tiles, steps, n_tiles, m_tiles)
+        ctas = max(tiles, min(ctas, tiles * steps // _FEWEST_STEPS))
+        return cls(ctas, tiles if ctas > tiles else 0, tiles, steps, n_tiles, m_tiles)
+
+
+def default_config(m: int) -> PrefillConfig:
+    """A launch for m rows of x: the narrowest tile that holds them all, up to 128, of those that spill no registers."""
+    columns = min(128, max(16, 1 << (m - 1).bit_length()))
+    return PrefillConfig(columns=columns, ctas=2 if columns <= 32 else 1)
+
+
+def why_not(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: PrefillConfig) -> str | None:
+    """Why this configuration cannot compute this product exactly, or None."""
+    if x_dtype not in _FORMS:
+        return f"x is bfloat16, float16 or float8_e4m3fn, not {x_dtype}"
+    if x_dtype is torch.float8_e4m3fn and weight.format.has_tensor_scale:
+        return "NVFP4 weights do not fit E4M3"
+    if not weight.fits(x_dtype):
+        return f"the weight was prepared for {weight.operand}: its scales may spread too far for {x_dtype}"
+    if x_dtype.itemsize * config.depth < 128:
+        return f"a step of {config.depth} columns of {x_dtype} is less than the 128 bytes that the tensor cores' layout has"
+    if config.shared_bytes(x_dtype.itemsize, 2 if weight.format.has_tensor_scale else 1) > _SHARED_BYTES // config.ctas:
+        return f"{config.ctas} CTAs of {config} do not fit the shared memory of an SM"
+    return None
+
+
+def fits(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: PrefillConfig) -> bool:
+    """Whether `gemm` takes this product in this configuration."""
+    return why_not(m, weight, x_dtype, config) is None
+
+
+def workspace_bytes(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: PrefillConfig, sms: int) -> int:
+    """Bytes of workspace that `gemm` needs: partial sums, counters, and a copy of x whose rows TMA cannot read."""
+    schedule = Schedule.of(m, weight.tiles, weight.units, config, sms)
+    return _partial_bytes(schedule, config) + _counter_bytes(schedule, config) + _copy_bytes(m, weight, x_dtype)
+
+
+def gemm(
+    x: torch.Tensor,
+    weight: PreparedWeight,
+    out: torch.Tensor,
+    *,
+    config: PrefillConfig,
+    workspace: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out = alpha * x_scale[m] * (x @ weight^T) + bias[n], rounded once. `weight.rest` is not added. Returns out.
+
+    x: bfloat16 or float16 (m, k); or float8_e4m3fn (m, k padded to 64) in `weights.E4M3_ORDER`. The last axis contiguous.
+    out: bfloat16 or float16 (m, n), the last axis contiguous. x_scale: float32 (m). bias: any float (n).
+    workspace: uint8, at least `workspace_bytes`, zero before its first use; each call leaves its counters zero. Calls that may
+        run at the same time need one each.
+
+    No allocation, no synchronization. Raises ValueError for what `why_not` names, and shapes that do not match.
+    """
+    m, k = x.shape
+    reason = why_not(m, weight, x.dtype, config)
+    if reason:
+        raise ValueError(reason)
+    form = _FORMS[x.dtype]
+    k_needed = weight.units * UNIT_K if form == "e4m3" else weight.k
+    if k != k_needed or out.shape != (m, weight.n):
+        raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of {weight.shape}")
+    if m == 0:
+        return out
+    schedule = Schedule.of(m, weight.tiles, weight.units, config, _sms(x.device))
+    partial, counters, copy = _carve(workspace, m, weight, x.dtype, schedule, config)
+    if copy is not None:
+        x = copy[:, :k].copy_(x)
+    two_level = weight.format.has_tensor_scale
+    tiles_per_cta, units_per_step = config.rows // TILE_N, config.depth // UNIT_K
+    per_unit = 16 if two_level else 8
+    _kernel[(schedule.ctas,)](
+        _descriptor(x, [config.columns, config.depth], 128),
+        _descriptor(weight.words.view(weight.tiles, -1), [tiles_per_cta, 128 * units_per_step], 0),
+        _descriptor(weight.scales.view(weight.tiles, -1), [tiles_per_cta, per_unit * units_per_step], 0),
+        out,
+        weight.row_scale,
+        weight.row_scale if x_scale is None else x_scale,
+        weight.row_scale if bias is None else bias,
+        partial,
+        counters,
+        m,
+        weight.n,
+        out.stride(0),
+        schedule.ctas,
+        schedule.shared,
+        schedule.tiles,
+        schedule.steps,
+        schedule.n_tiles,
+        schedule.m_tiles,
+        alpha,
+        REPEATS=config.rows // (_WARPGROUP_ROWS * config.warpgroups),
+        WARPGROUPS=config.warpgroups,
+        COLUMNS=config.columns,
+        UNITS=units_per_step,
+        STAGES=config.stages,
+        GROUP=config.group,
+        FORM=form,
+        TWO_LEVEL=two_level,
+        SHARED=schedule.shared > 0,
+        HAS_X_SCALE=x_scale is not None,
+        HAS_BIAS=bias is not None,
+        REGISTERS=config.consumer_registers,
+        num_warps=4,
+        maxnreg=config.registers,
+    )
+    return out
+
+
+def _descriptor(tensor: torch.Tensor, block: list[int], swizzle: int) -> Any:
+    layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.itemsize, 2)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+@lru_cache
+def _sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# --- Workspace: partial sums, then counters, then a copy of x ----------------------------------------------------------------
+
+
+def _partial_bytes(schedule: Schedule, config: PrefillConfig) -> int:
+    """Two partial tiles a CTA: the end of its first tile and the beginning of its last."""
+    return 2 * schedule.ctas * config.rows * config.columns * 4 if schedule.shared else 0
+
+
+def _counter_bytes(schedule: Schedule, config: PrefillConfig) -> int:
+    return -(-schedule.shared * config.warpgroups * 4 // 256) * 256
+
+
+def _copy_bytes(m: int, weight: PreparedWeight, x_dtype: torch.dtype) -> int:
+    """Rows of x must begin at multiples of 16 bytes; E4M3 rows, which are padded, do."""
+    row = weight.k * x_dtype.itemsize
+    return 0 if x_dtype is torch.float8_e4m3fn or row % 16 == 0 else m * (row + -row % 16)
+
+
+def _carve(
+    workspace: torch.Tensor | None,
+    m: int,
+    weight: PreparedWeight,
+    x_dtype: torch.dtype,
+    schedule: Schedule,
+    config: PrefillConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """-> float32 partial sums, int32 counters, and the copy of x if one is needed. row_scale stands in for what is not used."""
+    sizes = _counter_bytes(schedule, config), _partial_bytes(schedule, config), _copy_bytes(m, weight, x_dtype)
+    if not sum(sizes):
+        return weight.row_scale, weight.row_scale.view(torch.int32), None
+    if workspace is None or workspace.dtype != torch.uint8 or workspace.numel() < sum(sizes) or not workspace.is_contiguous():
+        raise ValueError(f"this product needs a contiguous uint8 workspace of {sum(sizes)} bytes")
+    # Counters first: their place is the same whatever else the workspace serves, and they must stay zero.
+    counters, partial, copy = workspace[: sum(sizes)].split(sizes)
+    return (
+        partial.view(torch.float32) if sizes[1] else weight.row_scale,
+        counters.view(torch.int32) if sizes[0] else weight.row_scale.view(torch.int32),
+        copy.view(x_dtype).view(m, -1) if sizes[2] else None,
+    )
+
+
+# --- Device code: layouts and decoding ---------------------------------------------------------------------------------------
+
+_BF16_MX, _SIXTEEN = (gl.constexpr(text) for text in assembly("bf16", False))
+_BF16_NV = gl.constexpr(assembly("bf16", True)[0])
+_FP16_MX = gl.constexpr(assembly("fp16", False)[0])
+_FP16_NV = gl.constexpr(assembly("fp16", True)[0])
+_E4M3_MX, _EIGHT = (gl.constexpr(text) for text in assembly("e4m3", False))
+_AS_BF16 = gl.constexpr((gl.bfloat16,) * 8)
+_AS_FP16 = gl.constexpr((gl.float16,) * 8)
+_AS_E4M3 = gl.constexpr((gl.float8e4nv,) * 8)
+
+
+@gluon.constexpr_function
+def _powers(size):
+    """1, 2, 4, ... below size."""
+    return [1 << i for i in range(size.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def _words_layout(repeats, units):
+    """int32 (4 repeats, 128 units): a warp has one tile of each repeat, a lane four words of each unit."""
+    registers = [[0, 1], [0, 2]] + [[0, 128 * p] for p in _powers(units)] + [[4 * p, 0] for p in _powers(repeats)]
+    return gl.DistributedLinearLayout(
+        registers, [[0, 4 << i] for i in range(5)], [[1, 0], [2, 0]], [], [4 * repeats, 128 * units]
+    )
+
+
+@gluon.constexpr_function
+def _scales_layout(repeats, units, per_g):
+    """int32 (4 repeats, 8 per_g units): a lane has the words of its g = lane // 4."""
+    registers = [[0, p] for p in _powers(per_g)] + [[0, 8 * per_g * p] for p in _powers(units)]
+    registers += [[4 * p, 0] for p in _powers(repeats)]
+    lanes = [[0, 0], [0, 0]] + [[0, per_g << i] for i in range(3)]
+    return gl.DistributedLinearLayout(registers, lanes, [[1, 0], [2, 0]], [], [4 * repeats, 8 * per_g * units])
+
+
+@gluon.jit
+def _decode(
+    words,
+    scales,
+    REPEATS: gl.constexpr,
+    UNITS: gl.constexpr,
+    FORM: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    OPERAND: gl.constexpr,
+):
+    """Shared memory of words and scales -> (64 REPEATS, 64 UNITS) in the registers of the A operand. No data moves."""
+    PER_G: gl.constexpr = 2 if TWO_LEVEL else 1
+    WORDS: gl.constexpr = _words_layout(REPEATS, UNITS)
+    SCALES: gl.constexpr = _scales_layout(REPEATS, UNITS, PER_G)
+    w = words.load(WORDS).reshape([4 * REPEATS, UNITS, 8, 4, PER_G, 4 // PER_G])
+    LANES: gl.constexpr = w.type.layout
+    s = scales.load(SCALES).reshape([4 * REPEATS, UNITS, 8, PER_G])
+    s = gl.convert_layout(s, gl.SliceLayout(3, gl.SliceLayout(5, LANES)), assert_trivial=True)
+    s, w = gl.broadcast(gl.expand_dims(gl.expand_dims(s, 3), 5), w)
+    # Volatile, so that it stays before the wgmma that it is written before.
+    if FORM == "e4m3":
+        q0, q1, q2, q3, q4, q5, q6, q7 = gl.inline_asm_elementwise(_E4M3_MX, _EIGHT, [w, s], _AS_E4M3, False, 4)
+    elif FORM == "bf16":
+        CODE: gl.constexpr = _BF16_NV if TWO_LEVEL else _BF16_MX
+        q0, q1, q2, q3, q4, q5, q6, q7 = gl.inline_asm_elementwise(CODE, _SIXTEEN, [w, s], _AS_BF16, False, 4)
+    else:
+        CODE: gl.constexpr = _FP16_NV if TWO_LEVEL else _FP16_MX
+        q0, q1, q2, q3, q4, q5, q6, q7 = gl.inline_asm_elementwise(CODE, _SIXTEEN, [w, s], _AS_FP16, False, 4)
+    low_words = gl.join(gl.join(q0, q1), gl.join(q2, q3))
+    high_words = gl.join(gl.join(q4, q5), gl.join(q6, q7))
+    q = gl.join(low_words, high_words)
+    if FORM == "e4m3":
+        # repeat, warp, unit, g, t, byte, high row, word's two bits -> repeat, warp, high row, g; unit, word, t, byte
+        q = q.reshape([REPEATS, 4, UNITS, 8, 4, 4, 2, 2, 2]).permute([0, 1, 6, 3, 2, 8, 7, 4, 5])
+    else:
+        # repeat, warp, unit, g, t, h, e, high row, word's two bits -> repeat, warp, high row, g; unit, word, h, t, e
+        q = q.reshape([REPEATS, 4, UNITS, 8, 4, 2, 2, 2, 2, 2]).permute([0, 1, 7, 3, 2, 9, 8, 5, 4, 6])
+    return gl.convert_layout(q.reshape([64 * REPEATS, 64 * UNITS]), OPERAND, assert_trivial=True)
+
+
+# --- Device code: who does what ----------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _pieces(schedule):
+    """How many pieces of tiles this CTA computes."""
+    ctas, shared, tiles, steps, n_tiles, m_tiles = schedule
+    cta = gl.program_id(0)
+    begin = cta * (shared * steps) // ctas
+    end = (cta + 1) * (shared * steps) // ctas
+    cut = gl.where(end > begin, (end - 1) // steps - begin // steps + 1, 0)
+    return cut + (tiles - shared - cta + ctas - 1) // ctas
+
+
+@gluon.jit
+def _piece(index, schedule):
+    """-> (tile, first step, step after the last) of a piece. The cut ones come first: their sums have time to be collected."""
+    ctas, shared, tiles, steps, n_tiles, m_tiles = schedule
+    cta = gl.program_id(0)
+    begin = cta * (shared * steps) // ctas
+    end = (cta + 1) * (shared * steps) // ctas
+    first = begin // steps
+    cut = gl.where(end > begin, (end - 1) // steps - first + 1, 0)
+    whole = index >= cut
+    tile = gl.where(whole, shared + cta + (index - cut) * ctas, first + index)
+    return (
+        tile,
+        gl.where(whole, 0, gl.maximum(begin - tile * steps, 0)),
+        gl.where(whole, steps, gl.minimum(end - tile * steps, steps)),
+    )
+
+
+@gluon.jit
+def _place(tile, schedule, GROUP: gl.constexpr):
+    """-> (n tile, m tile): all n tiles by GROUP m tiles are consecutive, the m tiles fastest."""
+    ctas, shared, tiles, steps, n_tiles, m_tiles = schedule
+    group = tile // (GROUP * n_tiles)
+    size = gl.minimum(m_tiles - group * GROUP, GROUP)
+    rest = tile - group * (GROUP * n_tiles)
+    return rest // size, group * GROUP + rest % size
+
+
+@gluon.jit
+def _produce(descriptors, buffers, barriers, schedule, STAGES: gl.constexpr, GROUP: gl.constexpr):
+    """One warp: fill free stages."""
+    x_tiles, words, scales = descriptors
+    x_buffer, words_buffer, scales_buffer = buffers
+    full, empty = barriers
+    COLUMNS: gl.constexpr = x_tiles.block_type.shape[0]
+    DEPTH: gl.constexpr = x_tiles.block_type.shape[1]
+    TILES: gl.constexpr = words.block_type.shape[0]
+    WORDS: gl.constexpr = words.block_type.shape[1]
+    SCALES: gl.constexpr = scales.block_type.shape[1]
+    count = 0
+    for index in range(_pieces(schedule)):
+        tile, begin, end = _piece(index, schedule)
+        at_n, at_m = _place(tile, schedule, GROUP)
+        for step in range(begin, end):
+            stage = count % STAGES
+            mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+            ready = full.index(stage)
+            mbarrier.expect(ready, x_tiles.block_type.nbytes + words.block_type.nbytes + scales.block_type.nbytes)
+            tma.async_copy_global_to_shared(words, [at_n * TILES, step * WORDS], ready, words_buffer.index(stage))
+            tma.async_copy_global_to_shared(scales, [at_n * TILES, step * SCALES], ready, scales_buffer.index(stage))
+            tma.async_copy_global_to_shared(x_tiles, [at_m * COLUMNS, step * DEPTH], ready, x_buffer.index(stage))
+            count += 1
+
+
+@gluon.jit
+def _multiply(
+    buffers,
+    barriers,
+    count,
+    sums,
+    WARPGROUP: gl.constexpr,
+    REPEATS: gl.constexpr,
+    UNITS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FORM: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    OPERAND: gl.constexpr,
+):
+    """Decode a step and issue its products, without waiting for them."""
+    x_buffer, words_buffer, scales_buffer = buffers
+    full, empty = barriers
+    stage = count % STAGES
+    mbarrier.wait(full.index(stage), count // STAGES & 1)
+    words = words_buffer.index(stage).slice(4 * REPEATS * WARPGROUP, 4 * REPEATS, 0)
+    scales = scales_buffer.index(stage).slice(4 * REPEATS * WARPGROUP, 4 * REPEATS, 0)
+    w = _decode(words, scales, REPEATS, UNITS, FORM, TWO_LEVEL, OPERAND)
+    return hopper.warpgroup_mma(w, x_buffer.index(stage).permute((1, 0)), sums, is_async=True)
+
+
+@gluon.jit
+def _release(barriers, count, STAGES: gl.constexpr):
+    full, empty = barriers
+    mbarrier.arrive(empty.index(count % STAGES), count=1)
+
+
+@gluon.jit
+def _consume(
+    buffers,
+    barriers,
+    pointers,
+    schedule,
+    bounds,
+    alpha,
+    WARPGROUP: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    REPEATS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    UNITS: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    FORM: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    SHARED: gl.constexpr,
+    HAS_X_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """One warpgroup: its rows of every tile of this CTA."""
+    out, row_scale, x_scale, bias, partial, counters = pointers
+    ctas, shared, tiles, steps, n_tiles, m_tiles = schedule
+    ROWS: gl.constexpr = 64 * REPEATS
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32 if FORM == "e4m3" else 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 4 if FORM == "e4m3" else 2)
+    count = 0
+    for index in range(_pieces(schedule)):
+        tile, begin, end = _piece(index, schedule)
+        at_n, at_m = _place(tile, schedule, GROUP)
+        sums = hopper.warpgroup_mma_init(gl.zeros([ROWS, COLUMNS], gl.float32, SUMS))
+        # Two steps a turn, so that their operands have registers of their own; a step in advance where the rest would be odd.
+        if (end - begin) % 2 == 0:
+            sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, OPERAND)
+            sums = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(0, deps=(sums,)))
+            _release(barriers, count, STAGES)
+            count += 1
+        sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, OPERAND)
+        for pair in range((end - begin - 1) // 2):
+            for half in gl.static_range(2):
+                sums = _multiply(
+                    buffers, barriers, count + 1, sums, WARPGROUP, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, OPERAND
+                )
+                sums = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(1, deps=(sums,)))
+                _release(barriers, count, STAGES)
+                count += 1
+        y = hopper.warpgroup_mma_wait(0, deps=(sums,))
+        _release(barriers, count, STAGES)
+        count += 1
+
+        complete = True
+        if SHARED:
+            if end - begin < steps:
+                y, complete = _collect(y, partial, counters, tile, begin, schedule, WARPGROUP, WARPGROUPS, ROWS, COLUMNS, SUMS)
+        if complete:
+            n0 = at_n * (ROWS * WARPGROUPS) + WARPGROUP * ROWS
+            _store(y, pointers, bounds, alpha, n0, at_m * COLUMNS, ROWS, COLUMNS, SUMS, FORM, HAS_X_SCALE, HAS_BIAS)
+
+
+@gluon.jit
+def _collect(
+    y,
+    partial,
+    counters,
+    tile,
+    begin,
+    schedule,
+    WARPGROUP: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SUMS: gl.constexpr,
+):
+    """Leave a partial sum in the workspace; who brings the last one of a tile gets all. -> (sums, whether they are all)."""
+    ctas, shared, tiles, steps, n_tiles, m_tiles = schedule
+    SIZE: gl.constexpr = ROWS * COLUMNS
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+    columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, SUMS))
+    at = rows[:, None] * COLUMNS + columns[None, :]
+    # The first CTA of a tile begins it, as its last piece: slot 1. The others end or cross it, as their first: slot 0.
+    slot = 2 * gl.program_id(0) + gl.where(begin == 0, 1, 0)
+    gl.store(partial + (slot * WARPGROUPS + WARPGROUP).to(gl.int64) * SIZE + at, y)
+    first = ((tile * steps + 1) * ctas - 1) // (shared * steps)
+    last = ((tile * steps + steps) * ctas - 1) // (shared * steps)
+    counter = counters + tile * WARPGROUPS + WARPGROUP
+    gl.thread_barrier()
+    complete = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == last - first
+    if complete:
+        y = gl.load(partial + ((2 * first + 1) * WARPGROUPS + WARPGROUP).to(gl.int64) * SIZE + at, cache_modifier=".cg")
+        for cta in range(first + 1, last + 1):
+            y += gl.load(partial + (2 * cta * WARPGROUPS + WARPGROUP).to(gl.int64) * SIZE + at, cache_modifier=".cg")
+        gl.store(counter, 0)
+    return y, complete
+
+
+@gluon.jit
+def _store(
+    y,
+    pointers,
+    bounds,
+    alpha,
+    n0,
+    m0,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SUMS: gl.constexpr,
+    FORM: gl.constexpr,
+    HAS_X_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """The epilogue in float32, then y^T in rows of 128 bytes a warpgroup."""
+    out, row_scale, x_scale, bias, partial, counters = pointers
+    m, n, stride = bounds
+    # E4M3 holds value * 2**(6 - delta), the layout's row scale undoes value * 2**(1 - delta).
+    GAIN: gl.constexpr = 2.0**-5 if FORM == "e4m3" else 1.0
+    rows = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+    y = y * (gl.load(row_scale + rows, mask=rows < n, other=0.0) * GAIN)[:, None]
+    if HAS_X_SCALE:
+        columns = m0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, SUMS))
+        y = y * gl.load(x_scale + columns, mask=columns < m, other=0.0)[None, :]
+    y = y * alpha
+    if HAS_BIAS:
+        y = y + gl.load(bias + rows, mask=rows < n, other=0.0).to(gl.float32)[:, None]
+    LANES: gl.constexpr = 8 if ROWS == 64 else 16
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    transposed = gl.convert_layout(y.to(out.dtype.element_ty).permute((1, 0)), OUT)
+    at_m = m0 + gl.arange(0, COLUMNS, gl.SliceLayout(1, OUT))
+    at_n = n0 + gl.arange(0, ROWS, gl.SliceLayout(0, OUT))
+    at = out + at_m.to(gl.int64)[:, None] * stride + at_n[None, :]
+    gl.store(at, transposed, mask=(at_m < m)[:, None] & (at_n < n)[None, :])
+
+
+@gluon.jit
+def _kernel(
+    x_tiles,
+    words,
+    scales,
+    out,
+    row_scale,
+    x_scale,
+    bias,
+    partial,
+    counters,
+    m,
+    n,
+    stride,
+    ctas,
+    shared,
+    tiles,
+    steps,
+    n_tiles,
+    m_tiles,
+    alpha,
+    REPEATS: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    UNITS: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    FORM: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    SHARED: gl.constexpr,
+    HAS_X_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    x_buffer = gl.allocate_shared_memory(x_tiles.dtype, [STAGES] + x_tiles.block_type.shape, x_tiles.layout)
+    words_buffer = gl.allocate_shared_memory(words.dtype, [STAGES] + words.block_type.shape, words.layout)
+    scales_buffer = gl.allocate_shared_memory(scales.dtype, [STAGES] + scales.block_type.shape, scales.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=WARPGROUPS)
+    hopper.fence_async_shared()
+    buffers = (x_buffer, words_buffer, scales_buffer)
+    barriers = (full, empty)
+    schedule = (ctas, shared, tiles, steps, n_tiles, m_tiles)
+    pointers = (out, row_scale, x_scale, bias, partial, counters)
+    bounds = (m, n, stride)
+    load = ((x_tiles, words, scales), buffers, barriers, schedule, STAGES, GROUP)
+    if WARPGROUPS == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        buffers,
+                        barriers,
+                        pointers,
+                        schedule,
+                        bounds,
+                        alpha,
+                        0,
+                        WARPGROUPS,
+                        REPEATS,
+                        COLUMNS,
+                        UNITS,
+                        STAGES,
+                        GROUP,
+                        FORM,
+                        TWO_LEVEL,
+                        SHARED,
+                        HAS_X_SCALE,
+                        HAS_BIAS,
+                    ),
+                ),
+                (_produce, load),
+            ],
+            [1],
+            [24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        buffers,
+                        barriers,
+                        pointers,
+                        schedule,
+                        bounds,
+                        alpha,
+                        0,
+                        WARPGROUPS,
+                        REPEATS,
+                        COLUMNS,
+                        UNITS,
+                        STAGES,
+                        GROUP,
+                        FORM,
+                        TWO_LEVEL,
+                        SHARED,
+                        HAS_X_SCALE,
+                        HAS_BIAS,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        buffers,
+                        barriers,
+                        pointers,
+                        schedule,
+                        bounds,
+                        alpha,
+                        1,
+                        WARPGROUPS,
+                        REPEATS,
+                        COLUMNS,
+                        UNITS,
+                        STAGES,
+                        GROUP,
+                        FORM,
+                        TWO_LEVEL,
+                        SHARED,
+                        HAS_X_SCALE,
+                        HAS_BIAS,
+                    ),
+                ),
+                (_produce, load),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )

@@ -1,0 +1,145 @@
+"""PTX that turns the words of a prepared weight into registers of the A operand of `wgmma`: text only, no Triton.
+
+A lane's four words of a unit (see `weights`) and its scale words go in; eight results of four elements come out, packed as
+`inline_asm_elementwise` packs them, two registers a result in 16 bits and one in 8 bits. Result 2 j + row (16 bits; row 0 is g,
+row 1 is g + 8) has the columns 16 j + 8 h + 2 t + e, e the half of register h. In 8 bits it has byte b of lane t at position
+16 j + 4 t + b, b = h + 2 e, which is `weights.E4M3_ORDER`.
+
+Integer operations and multiplications for the eight codes of a word, scales included (SASS, Triton 3.6): 15 in bfloat16, 26 in
+float16, 20 in E4M3.
+"""
+
+from collections.abc import Callable
+
+FORMS = ("bf16", "fp16", "e4m3")
+
+_PAIR = "0x81C081C0"  # sign, two exponent bits and mantissa of a bfloat16 pair
+
+
+def assembly(form: str, two_level: bool) -> tuple[str, str]:
+    """-> (PTX, constraints) of the operands: results, four words, four scale words (MXFP4: four times the same one).
+
+    form: one of FORMS, the type of the results. two_level: NVFP4's scales, of 16 columns. Raises ValueError for NVFP4 as E4M3.
+    """
+    if form == "e4m3":
+        if two_level:
+            raise ValueError("NVFP4 does not fit E4M3")
+        return _eight_bits(), ",".join(["=&r"] * 8 + ["r"] * 8)
+    return _sixteen_bits(form, two_level), ",".join(["=&r"] * 16 + ["r"] * 8)
+
+
+def _sixteen_bits(form: str, two_level: bool) -> str:
+    pairs, multiply = (_pairs_bf16, "mul.rn.bf16x2") if form == "bf16" else (_pairs_fp16, "mul.rn.f16x2")
+    lines = [".reg .b32 u, t0, t1, a0, a1, a2, a3;"]
+    for j in range(4):
+        if two_level:
+            lines += _multiplicands_e5m3(form, f"${20 + j // 2 * 2}", 2 * (j % 2))
+        elif j % 2 == 0:
+            lines += _multiplicands_e8m0(form, "$20", j)
+        lines += pairs(f"${16 + j}")
+        # Pair i is row i % 2 of half i // 2.
+        lines += [f"{multiply} ${2 * (2 * j + i % 2) + i // 2}, a{i}, t{i % 2};" for i in range(4)]
+    return _block(lines)
+
+
+def _pairs_bf16(word: str) -> list[str]:
+    """Pairs a0 to a3, each code as bfloat16 value * 2**-126."""
+    return [
+        f"shl.b32 u, {word}, 6;",
+        f"and.b32 a0, u, {_PAIR};",
+        f"shl.b32 u, {word}, 2;",
+        f"and.b32 a1, u, {_PAIR};",
+        f"shf.r.wrap.b32 u, {word}, {word}, 4;",
+        f"and.b32 a2, u, {_PAIR};",
+        f"shr.u32 u, {word}, 8;",
+        "and.b32 u, u, 0x00400040;",
+        f"lop3.b32 a3, {word}, 0x81808180, u, 0xEA;",
+    ]
+
+
+def _pairs_fp16(word: str) -> list[str]:
+    """Pairs a0 to a3, each code as float16 value * 2**-14: the magnitude three bits further up."""
+    lines = _pairs_bf16(word)
+    for i in range(4):
+        lines += [f"and.b32 u, a{i}, 0x01C001C0;", f"and.b32 a{i}, a{i}, 0x80008000;", f"mad.lo.u32 a{i}, u, 8, a{i};"]
+    return lines
+
+
+def _multiplicands_e8m0(form: str, scales: str, first: int) -> list[str]:
+    """t0, t1: the scales of rows g and g + 8 in both halves, from bytes `first` and `first` + 1, 254 - delta each."""
+    lines = []
+    for row in range(2):
+        lines.append(_spread(row, scales, first + row))
+        if form == "bf16":  # 2**(127 - delta)
+            lines.append(f"shl.b32 t{row}, t{row}, 7;")
+        else:  # 2**(15 - delta): the low five bits of the byte are its exponent
+            lines += [f"shl.b32 t{row}, t{row}, 10;", f"and.b32 t{row}, t{row}, 0x7C007C00;"]
+    return lines
+
+
+def _multiplicands_e5m3(form: str, scales: str, first: int) -> list[str]:
+    """The same of NVFP4: scale * 2**119 in bfloat16, scale * 2**7 in float16."""
+    lines = []
+    for row in range(2):
+        lines.append(_spread(row, scales, first + row))
+        lines.append(f"mad.lo.u32 t{row}, t{row}, 16, 0x70007000;" if form == "bf16" else f"shl.b32 t{row}, t{row}, 7;")
+    return lines
+
+
+def _spread(row: int, scales: str, byte: int) -> str:
+    return f"prmt.b32 t{row}, {scales}, 0, 0x4{byte}4{byte};"
+
+
+def _eight_bits() -> str:
+    """Codes as E4M3 value * 2**(6 - delta): the three bits of a magnitude pick one of 8 bytes, made for the block's delta."""
+    lines = [".reg .b32 u, v, r2, r4, r6, l0, l1, h0, h1;"]
+    for j in range(4):
+        if j % 2 == 0:
+            lines += _tables("$12", j)
+        lines += _bytes(f"${8 + j}", f"${2 * j}", f"${2 * j + 1}")
+    return _block(lines)
+
+
+def _tables(scales: str, first: int) -> list[str]:
+    """l, h: the E4M3 bytes of 0, 0.5, 1, 1.5 and of 2, 3, 4, 6 times 2**(6 - delta), of rows g and g + 8."""
+    lines = []
+    for row in range(2):
+        lines.append(f"bfe.u32 u, {scales}, {8 * (first + row)}, 8;")
+        for table, bytes_at_1, step in ((f"l{row}", 0x3C383000, 0x08080800), (f"h{row}", 0x4C484440, 0x08080808)):
+            # The byte 254 - delta: 248 of it is the factor 1.
+            lines.append(f"mad.lo.u32 {table}, u, {step:#010x}, {(bytes_at_1 - 248 * step) % 2**32:#010x};")
+    return lines
+
+
+def _bytes(word: str, low_row: str, high_row: str) -> list[str]:
+    """Four bytes of row g (pairs 0 and 2) and four of row g + 8 (pairs 1 and 3)."""
+    select = _lut(lambda a, b, mask: (a & mask) | (b & ~mask))
+    with_sign = _lut(lambda a, b, mask: a | (b & mask))
+    pick = ["prmt.b32 u, u, 0, 0x0020;", "and.b32 u, u, 0x7777;"]
+    return [
+        f"shr.u32 r2, {word}, 2;",
+        f"shf.r.wrap.b32 r4, {word}, {word}, 4;",
+        f"shr.u32 r6, {word}, 6;",
+        f"lop3.b32 u, {word}, r6, 0x000F000F, {select};",
+        *pick,
+        "prmt.b32 u, l0, h0, u;",
+        f"lop3.b32 v, r2, r4, 0x00FF00FF, {select};",
+        f"lop3.b32 {low_row}, u, v, 0x80808080, {with_sign};",
+        f"shr.u32 u, {word}, 4;",
+        f"lop3.b32 u, u, r2, 0x000F000F, {select};",
+        f"shr.u32 v, {word}, 10;",
+        f"lop3.b32 u, v, u, 0x00100010, {select};",
+        *pick,
+        "prmt.b32 u, l1, h1, u;",
+        f"lop3.b32 v, r6, {word}, 0x00FF00FF, {select};",
+        f"lop3.b32 {high_row}, u, v, 0x80808080, {with_sign};",
+    ]
+
+
+def _lut(function: Callable[[int, int, int], int]) -> str:
+    """The truth table by which `lop3` knows a function of three bits."""
+    return f"{function(0xF0, 0xCC, 0xAA) & 0xFF:#04x}"
+
+
+def _block(lines: list[str]) -> str:
+    return "\n".join(["{", *lines, "}"])

@@ -1,0 +1,167 @@
+"""The wgmma kernel: its schedule, what it compiles to, and on a GPU its products.
+
+Gluon with inline assembly does not run in Triton's interpreter: without a GPU nothing here computes a product.
+"""
+
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
+from fp4bench.kernels import prefill, weights  # noqa: E402
+from fp4bench.kernels.prefill import PrefillConfig, Schedule  # noqa: E402
+from fp4bench.quantize import decode_fp8_rows, quantize, quantize_fp8_rows  # noqa: E402
+from fp4bench.reference import values  # noqa: E402
+
+
+@pytest.mark.parametrize("m", [1, 17, 129, 5000])
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (8192, 8192), (57344, 8192), (10240, 28672)])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_every_step_of_every_tile_is_somebodys(m, n, k, streamed):
+    config = PrefillConfig(columns=64, streamed=streamed)
+    schedule = Schedule.of(m, n // 16, k // 64, config, 132)
+    assert schedule.tiles == -(-n // 128) * -(-m // 64)
+    assert 1 <= schedule.ctas <= max(132, schedule.tiles)
+    # Tiles in shares are cut evenly; the others are dealt out whole, the same number to each.
+    whole = schedule.tiles - schedule.shared
+    assert 0 <= schedule.shared <= schedule.tiles
+    assert not streamed or whole % schedule.ctas == 0 or schedule.shared == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"rows": 96}, "rows"),
+        ({"columns": 48}, "columns"),
+        ({"rows": 64}, "warpgroups"),
+        ({"rows": 256, "columns": 256}, "tile"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_refused(change, why):
+    with pytest.raises(ValueError, match=why):
+        PrefillConfig(**change)
+
+
+def compiled(form, fmt, config):
+    """The kernel as it is compiled for sm_90a and contiguous operands."""
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    dtype = next(dtype for dtype, name in prefill._FORMS.items() if name == form)
+    tiles, units = config.rows // 16, config.depth // 64
+    per_unit = 16 if fmt.has_tensor_scale else 8
+    element = {"bf16": "bf16", "fp16": "fp16", "e4m3": "fp8e4nv"}[form]
+    types = {
+        "x_tiles": _described(element, torch.empty(8, 4096, dtype=dtype), [config.columns, config.depth], 128),
+        "words": _described("i32", torch.empty(8, 4096, dtype=torch.int32), [tiles, 128 * units], 0),
+        "scales": _described("i32", torch.empty(8, 4096, dtype=torch.int32), [tiles, per_unit * units], 0),
+        "out": "*fp16" if form == "fp16" else "*bf16",
+        **dict.fromkeys(("row_scale", "x_scale", "bias", "partial"), "*fp32"),
+        "counters": "*i32",
+        **dict.fromkeys(("m", "n", "stride", "ctas", "shared", "tiles", "steps", "n_tiles", "m_tiles"), "i32"),
+        "alpha": "fp32",
+    }
+    constants = {
+        "REPEATS": config.rows // (64 * config.warpgroups),
+        "WARPGROUPS": config.warpgroups,
+        "COLUMNS": config.columns,
+        "UNITS": units,
+        "STAGES": config.stages,
+        "GROUP": config.group,
+        "FORM": form,
+        "TWO_LEVEL": fmt.has_tensor_scale,
+        "SHARED": True,
+        "HAS_X_SCALE": form == "e4m3",
+        "HAS_BIAS": False,
+        "REGISTERS": config.consumer_registers,
+    }
+    names = prefill._kernel.arg_names
+    source = GluonASTSource(
+        fn=prefill._kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")},
+    )
+    options = {"num_warps": 4, "maxnreg": config.registers}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def _described(element, tensor, block, swizzle):
+    layout = prefill._descriptor(tensor, block, swizzle).layout
+    return f"tensordesc<{element}{block},{layout!r}>"
+
+
+def stack_bytes(binary, tmp_path):
+    """Of a thread, as cuobjdump reads them from the binary: what was spilled lies there."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\d+)", done.stdout)[1])
+
+
+@pytest.mark.parametrize(
+    ("form", "fmt", "config", "shape"),
+    [
+        ("bf16", MXFP4, prefill.default_config(32), "m64n32k16"),
+        ("bf16", NVFP4, prefill.default_config(64), "m64n64k16"),
+        ("bf16", MXFP4, prefill.default_config(1024), "m64n128k16"),
+        ("e4m3", MXFP4, PrefillConfig(columns=128, depth=128), "m64n128k32"),
+    ],
+)
+def test_it_compiles_to_wgmma_with_weights_in_registers(form, fmt, config, shape, tmp_path):
+    kernel = compiled(form, fmt, config)
+    ptx = kernel.asm["ptx"]
+    products = re.findall(rf"wgmma\.mma_async\.sync\.aligned\.{shape}\.f32\.{form}\.{form} \{{[^}}]*\}}, (.)", ptx)
+    assert products
+    assert set(products) == {"{"}  # the left operand is a list of registers, not a descriptor
+    assert "cp.async.bulk.tensor" in ptx
+    assert stack_bytes(kernel, tmp_path) == 0
+
+
+CASES = [
+    ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64, streamed=False)),
+    ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
+    ("bf16", NVFP4, 256, 512, 64, PrefillConfig(columns=64)),
+    ("fp16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
+    ("bf16", MXFP4, 1000, 1056, 37, PrefillConfig(columns=32)),
+    ("bf16", NVFP4, 136, 320, 129, PrefillConfig(columns=128)),
+    ("bf16", MXFP4, 1024, 4096, 16, PrefillConfig(columns=16, rows=64, warpgroups=1, ctas=2)),
+    ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=256)),
+    ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=128, rows=256)),
+    ("e4m3", MXFP4, 256, 512, 64, PrefillConfig(columns=64, depth=128)),
+    ("e4m3", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
+    *(("bf16", fmt, 1000, 1056, m, prefill.default_config(m)) for fmt in (MXFP4, NVFP4) for m in (17, 60, 100, 300)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("form", "fmt", "n", "k", "m", "config"), CASES)
+def test_its_products_are_right_and_the_same_each_time(form, fmt, n, k, m, config):
+    torch.manual_seed(n + k + m)
+    dtype = next(dtype for dtype, name in prefill._FORMS.items() if name == form)
+    q = quantize(torch.randn(n, k, device="cuda") * k**-0.5, fmt)
+    weight = weights.prepare(q, torch.bfloat16 if fmt.has_tensor_scale else dtype)
+    x = torch.randn(m, k, device="cuda", dtype=torch.float16 if form == "fp16" else torch.bfloat16)
+    x_scale, exact = None, x.double()
+    if form == "e4m3":
+        rows = quantize_fp8_rows(x)
+        exact, x_scale = decode_fp8_rows(rows).double(), rows.scales.flatten()
+        padded = torch.nn.functional.pad(rows.values.view(torch.uint8), (0, -k % 64))
+        order = torch.tensor(weights.E4M3_ORDER, device="cuda")
+        x = padded.unflatten(-1, (-1, 16))[..., order].flatten(-2).contiguous().view(torch.float8_e4m3fn)
+    want = exact @ values(q).T
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    workspace = torch.zeros(prefill.workspace_bytes(m, weight, x.dtype, config, sms), dtype=torch.uint8, device="cuda")
+    outs = []
+    for _ in range(2):
+        out = torch.full((m, n), torch.nan, device="cuda", dtype=torch.float16 if form == "fp16" else torch.bfloat16)
+        outs.append(prefill.gemm(x, weight, out, config=config, workspace=workspace, x_scale=x_scale))
+    assert torch.equal(*outs)
+    # Rounding to bfloat16 alone is 0.0017 (0.0002 for float16); FP8 tensor cores add some 0.0003 (NVIDIA H200).
+    assert (outs[0].double() - want).norm() / want.norm() < 2.5e-3
