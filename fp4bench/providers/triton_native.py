@@ -17,6 +17,8 @@ from fp4bench.quantize import quantize
 PDL_VARIABLE = "FP4BENCH_TRITON_PDL"
 
 _HOPPER = (9, 0)
+# The wgmma kernel of more rows is written in Gluon as Triton 3.6 has it; 3.9 refuses its partition into warps.
+_DECODE_ROWS, _GLUON = 16, "3.6."
 
 
 class TritonProvider:
@@ -37,6 +39,8 @@ class TritonProvider:
             return f"its kernels are measured on Hopper alone (compute capability 9.0), which {device.name} is not"
         if import_optional("triton") is None:
             return "Triton is not installed"
+        if isinstance(problem, GemmProblem) and problem.m > _DECODE_ROWS and not str(self.version).startswith(_GLUON):
+            return f"beyond {_DECODE_ROWS} rows of activations its kernel needs Triton 3.6, and {self.version} is installed"
         return None
 
     def prepare(self, problem: Problem, inputs: Any) -> Runner:

@@ -105,6 +105,7 @@ def stack_bytes(binary, tmp_path):
     return int(re.search(r"STACK:(\d+)", done.stdout)[1])
 
 
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="written in Gluon as Triton 3.6 has it")
 @pytest.mark.parametrize(
     ("form", "fmt", "config", "shape"),
     [
@@ -141,6 +142,7 @@ CASES = [
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="written in Gluon as Triton 3.6 has it")
 @pytest.mark.parametrize(("form", "fmt", "n", "k", "m", "config"), CASES)
 def test_its_products_are_right_and_the_same_each_time(form, fmt, n, k, m, config):
     torch.manual_seed(n + k + m)

@@ -19,7 +19,18 @@ def problem(m=1, format=MXFP4):
 @pytest.mark.parametrize("format", [MXFP4, NVFP4])
 @pytest.mark.parametrize("m", [1, 16, 1000])
 def test_it_runs_on_hopper(m, format):
-    assert why_not(TritonProvider(), problem(m, format), H200) is None
+    provider = TritonProvider()
+    provider.version = "3.6.0"
+    assert why_not(provider, problem(m, format), H200) is None
+
+
+def test_more_rows_than_decode_takes_need_the_gluon_that_their_kernel_is_written_for():
+    from fp4bench.kernels import decode
+
+    provider = TritonProvider()
+    provider.version = "3.9.0"
+    assert why_not(provider, problem(decode.MOST_ROWS), H200) is None
+    assert "needs Triton 3.6, and 3.9.0 is installed" in why_not(provider, problem(decode.MOST_ROWS + 1), H200)
 
 
 def test_it_says_where_it_does_not(monkeypatch):
