@@ -69,7 +69,7 @@ def spilled(ptx, capability):
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
         file.write(ptx)
         file.flush()
-        ptxas = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
+        ptxas = knobs.nvidia.ptxas_blackwell  # the newer of two: it takes what Triton writes, also for older GPUs
         command = [ptxas.path, "-v", f"--gpu-name=sm_{capability}a", file.name, "-o", os.devnull]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return sum(map(int, re.findall(r"(\d+) bytes spill", told)))
