@@ -168,7 +168,7 @@ def load(path: Path) -> Table:
         return _parsed(raw)
     except (KeyError, TypeError, ValueError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is no table of launches of format {FORMAT} ({what}): tune it anew") from error
+        raise ValueError(f"{path} is no table of launches of format {FORMAT} ({what}): measure it anew") from error
 
 
 def dump(table: Table) -> str:

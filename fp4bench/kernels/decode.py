@@ -31,6 +31,9 @@ class DecodeConfig:
     warps: of a CTA, 4, 8 or 16; they split k.
     exchange: read x 16 bytes a lane and exchange them among lanes, instead of 4 bytes a lane where they are needed.
     ahead: hold x and scales of the next unit while one is computed.
+    max_registers: of a thread, None for the compiler's choice.
+    streaming: how weights are read: 0 plainly, 1 first to be evicted from the caches, 2 past the L1.
+    depth: units of weights in flight, 1 or 2. These last three are compiled with other values, and timed with these alone.
     """
 
     tiles: int = 4

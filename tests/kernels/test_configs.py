@@ -9,6 +9,7 @@ from fp4bench.devices import Device
 from fp4bench.kernels import configs
 from fp4bench.kernels.configs import Entry, Table, Work
 from fp4bench.kernels.decode import DecodeConfig
+from fp4bench.kernels.prefill import PrefillConfig
 
 H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 WORK = Work("bf16", "mxfp4", 8, 8192, 8192)
@@ -24,6 +25,13 @@ def test_the_nearest_m_from_its_own_on_goes_first_and_then_the_nearest_shape():
     assert configs.nearest(replace(WORK, m=2), entries).launch.tiles == 3
     assert configs.nearest(replace(WORK, m=1), entries).launch.tiles == 4
     assert configs.nearest(replace(WORK, m=12), entries).launch.tiles == 1
+
+
+def test_an_m_that_is_at_least_its_own_goes_before_a_nearer_one_below():
+    below, above = (Entry(Work("bf16", "mxfp4", m, 8192, 8192), PrefillConfig(columns=m), 1e-5) for m in (64, 256))
+    assert configs.nearest(replace(WORK, m=80), [below, above]) == above
+    assert configs.nearest(replace(WORK, m=300), [below, above]) == above
+    assert configs.nearest(replace(WORK, m=300), [below]) == below
 
 
 def test_a_launch_serves_no_more_rows_than_it_was_tuned_for_no_other_format_and_no_far_shape():

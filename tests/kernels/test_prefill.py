@@ -22,7 +22,7 @@ from fp4bench.reference import values  # noqa: E402
 @pytest.mark.parametrize("m", [1, 17, 129, 5000])
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (8192, 8192), (57344, 8192), (10240, 28672)])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_every_step_of_every_tile_is_somebodys(m, n, k, streamed):
+def test_tiles_are_cut_into_shares_for_all_or_dealt_out_evenly(m, n, k, streamed):
     config = PrefillConfig(columns=64, streamed=streamed)
     schedule = Schedule.of(m, n // 16, k // 64, config, 132)
     assert schedule.tiles == -(-n // 128) * -(-m // 64)
@@ -30,7 +30,7 @@ def test_every_step_of_every_tile_is_somebodys(m, n, k, streamed):
     # Tiles in shares are cut evenly; the others are dealt out whole, the same number to each.
     whole = schedule.tiles - schedule.shared
     assert 0 <= schedule.shared <= schedule.tiles
-    assert not streamed or whole % schedule.ctas == 0 or schedule.shared == 0
+    assert not streamed or whole % schedule.ctas == 0 or schedule.ctas == schedule.tiles
 
 
 @pytest.mark.parametrize(
