@@ -1,9 +1,9 @@
 """The weights of a layer's experts, one behind another in the kernels' layout (`weights`), made one expert at a time.
 
-A gated weight (2 i, k), rows of the gate first and then rows of what it gates, is stored in tiles of 16 rows that are 8 of each:
-tile t has rows 8 t .. 8 t + 7 of the gate, then the same rows of the other. A lane of the tensor cores holds rows g and g + 8 of
-a tile, so both sides of a product meet in one thread, and the activation costs no exchange. Where i is no multiple of 8 each
-half ends in rows of zeros.
+A gated weight (2 i, k), rows of the gate first and then rows of what it gates, is stored in tiles of 16 rows, 8 of each: tile t
+has rows 8 t .. 8 t + 7 of the gate, then the same rows of the other. A lane of the tensor cores holds rows g and g + 8 of a
+tile, so both sides of a product meet in one thread, and the activation costs no exchange. Where i is no multiple of 8 each half
+ends in rows of zeros.
 """
 
 from collections.abc import Iterable
@@ -72,7 +72,7 @@ def prepare_experts(
     """
     stack = None
     count = 0
-    for count, q in enumerate(weights, 1):  # noqa: B007 (its last value is used)
+    for count, q in enumerate(weights, 1):
         one = _prepare_one(q, gated, operand)
         if stack is None:
             stack = _empty(one, q, experts, gated)

@@ -31,9 +31,9 @@ def order(
 ) -> None:
     """Sort the pairs of ids (m, topk), int32 and contiguous, by expert, and cut them into blocks of up to `rows`.
 
-    positions: int32 (m * topk), gets the pairs in their order. blocks: int32 (most_blocks, BLOCK_FIELDS), gets the blocks in the
-    order of their experts; those that are left over have 0 pairs. Choices outside of 0 .. experts - 1 are left out (an expert of
-    another GPU); the positions of as many pairs at the end are then not written.
+    positions: int32 (m * topk), gets the pairs in their order. blocks: int32 (most_blocks, BLOCK_FIELDS), gets the blocks in
+    the order of their experts; those that are left over have 0 pairs. Choices outside of 0 .. experts - 1 (an expert of another
+    GPU) are left out; the positions of as many pairs at the end are then not written.
     """
     pairs = ids.numel()
     if ids.dtype != torch.int32 or positions.shape != (pairs,) or not ids.is_contiguous():
