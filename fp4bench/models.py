@@ -6,7 +6,7 @@ Shapes are those of one rank under vLLM's parallel layers: qkv and gate_up fused
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,12 +22,36 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Activation:
+    """What experts do to the gate g and what it gates, u.
+
+    "silu": silu(g) * u. "swiglu", of gpt-oss: g clamped to at most `limit` and u to +-`limit`, then
+    g * sigmoid(alpha * g) * (u + 1). (openai/gpt-oss, gpt_oss/torch/model.py)
+    """
+
+    name: str
+    alpha: float = 1.0
+    limit: float | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+SILU = Activation("silu")
+
+
+@dataclass(frozen=True)
 class Experts:
-    """The experts of one MoE layer: each is gate_up (2 * intermediate, hidden) and down (hidden, intermediate)."""
+    """The experts of one MoE layer: each is gate_up (2 * intermediate, hidden) and down (hidden, intermediate).
+
+    bias: whether both have one. It and the activation are no shapes, and no part of a config's hash.
+    """
 
     count: int
     topk: int
     intermediate: int
+    activation: Activation = field(default=SILU, repr=False)
+    bias: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,16 @@ def layers(model: Model, tp: int = 1) -> tuple[Layer, ...]:
     Raises ValueError where `tp` does not divide one.
     """
     return (*_attention(model, tp), *_mlp(model, tp))
+
+
+def rank_experts(model: Model, tp: int = 1) -> Experts | None:
+    """The experts as one of `tp` ranks has them, each cut along its intermediate; None where the model has none.
+
+    Raises ValueError where `tp` does not divide the intermediate size.
+    """
+    if model.experts is None:
+        return None
+    return replace(model.experts, intermediate=_split(model, "expert intermediate size", model.experts.intermediate, tp))
 
 
 def get_model(name: str) -> Model:
@@ -204,7 +238,11 @@ def _experts(fields: _Fields) -> Experts | None:
     if count is None:
         return None
     intermediate = fields.required("moe_intermediate_size", "intermediate_size")
-    return Experts(count, fields.required("num_experts_per_tok"), intermediate)
+    topk = fields.required("num_experts_per_tok")
+    if fields.config.get("model_type") == "gpt_oss":
+        # Its constants; a config's swiglu_limit is 7.0 in both models.
+        return Experts(count, topk, intermediate, Activation("swiglu", alpha=1.702, limit=7.0), bias=True)
+    return Experts(count, topk, intermediate)
 
 
 def _shared_intermediate(fields: _Fields, routed: Experts | None) -> int | None:
@@ -229,7 +267,7 @@ def _latent(fields: _Fields) -> LatentAttention | None:
     return LatentAttention(fields.optional("q_lora_rank"), kv_rank, *dims)
 
 
-def _llama(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
+def _llama(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -239,9 +277,11 @@ def _llama(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: 
     }
 
 
-def _moe(count: int, topk: int, intermediate: int) -> dict[str, int]:
+def _moe(count: int, topk: int, intermediate: int) -> dict[str, Any]:
     return {"num_experts": count, "num_experts_per_tok": topk, "moe_intermediate_size": intermediate}
 
+
+_GPT_OSS = {"model_type": "gpt_oss"}
 
 # Short name -> (Hugging Face id, the fields of its config.json that give shapes).
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -265,6 +305,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 128,
         },
     ),
-    "gpt-oss-20b": ("openai/gpt-oss-20b", _llama(2880, 2880, 64, 8, 64) | _moe(32, 4, 2880)),
-    "gpt-oss-120b": ("openai/gpt-oss-120b", _llama(2880, 2880, 64, 8, 64) | _moe(128, 4, 2880)),
+    "gpt-oss-20b": ("openai/gpt-oss-20b", _llama(2880, 2880, 64, 8, 64) | _moe(32, 4, 2880) | _GPT_OSS),
+    "gpt-oss-120b": ("openai/gpt-oss-120b", _llama(2880, 2880, 64, 8, 64) | _moe(128, 4, 2880) | _GPT_OSS),
+    "mixtral-8x7b": ("mistralai/Mixtral-8x7B-Instruct-v0.1", _llama(4096, 14336, 32, 8, 128) | _moe(8, 2, 14336)),
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fp4bench.models import Experts, get_model, layers, model_names
+from fp4bench.models import Activation, Experts, get_model, layers, model_names
 
 # (model, tensor parallel size, {layer: (n, k)}). qkv is (heads + 2 * kv heads) * head size, gate_up 2 * intermediate.
 SHAPES = [
@@ -61,13 +61,21 @@ SHAPES = [
     ("gpt-oss-20b", 1, {"qkv": (5120, 2880), "o": (2880, 4096), "expert_gate_up": (5760, 2880), "expert_down": (2880, 2880)}),
     ("gpt-oss-20b", 4, {"qkv": (1280, 2880), "o": (2880, 1024), "expert_gate_up": (1440, 2880), "expert_down": (2880, 720)}),
     ("gpt-oss-120b", 1, {"qkv": (5120, 2880), "o": (2880, 4096), "expert_gate_up": (5760, 2880), "expert_down": (2880, 2880)}),
+    (
+        "mixtral-8x7b",
+        1,
+        {"qkv": (6144, 4096), "o": (4096, 4096), "expert_gate_up": (28672, 4096), "expert_down": (4096, 14336)},
+    ),
 ]
+
+GPT_OSS = Activation("swiglu", alpha=1.702, limit=7.0)
 
 EXPERTS = {
     "qwen3-30b-a3b": Experts(128, 8, 768),
     "deepseek-r1": Experts(256, 8, 2048),
-    "gpt-oss-20b": Experts(32, 4, 2880),
-    "gpt-oss-120b": Experts(128, 4, 2880),
+    "gpt-oss-20b": Experts(32, 4, 2880, GPT_OSS, bias=True),
+    "gpt-oss-120b": Experts(128, 4, 2880, GPT_OSS, bias=True),
+    "mixtral-8x7b": Experts(8, 2, 14336),
 }
 
 # As the files are on Hugging Face: with fields that say nothing of shapes, and without those that are left to their defaults.
@@ -148,6 +156,7 @@ CONFIGS = {
         "head_dim": 64,
         "hidden_size": 2880,
         "intermediate_size": 2880,
+        "model_type": "gpt_oss",
         "num_attention_heads": 64,
         "num_experts_per_tok": 4,
         "num_key_value_heads": 8,
@@ -158,10 +167,22 @@ CONFIGS = {
         "head_dim": 64,
         "hidden_size": 2880,
         "intermediate_size": 2880,
+        "model_type": "gpt_oss",
         "num_attention_heads": 64,
         "num_experts_per_tok": 4,
         "num_key_value_heads": 8,
         "num_local_experts": 128,
+        "swiglu_limit": 7.0,
+    },
+    "mixtral-8x7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "model_type": "mixtral",
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "sliding_window": None,
     },
 }
 

@@ -30,6 +30,7 @@ class EagerProvider:
     def prepare(self, problem: Problem, inputs: Any) -> Runner:
         if isinstance(problem, QuantizeProblem):
             return lambda: quantize(inputs, problem.format, rule=problem.rule, hadamard=problem.hadamard)
+        assert isinstance(problem, GemmProblem)
         return _gemm(problem, inputs)
 
 
