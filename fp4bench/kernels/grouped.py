@@ -1,0 +1,522 @@
+"""Products of a MoE layer for a few tokens an expert: each block of up to 16 pairs (`routing`) times its expert's FP4 weight.
+
+At these sizes the time is that of reading each used expert once, and the kernel is `decode`'s for each block: weights go from
+memory into the registers of `mma.sync` in the order they are stored, the warps of a CTA split k, and their sums meet in shared
+memory in a fixed order. A CTA computes one block by a few tiles; those of blocks that are not there leave at once.
+
+The first product gathers its rows of x by the order of pairs, and applies the gated activation to sums in float32 before they
+are rounded: rows g and g + 8 of a tile are a gate and what it gates (`experts`). Its rows stay in the order of the pairs. The
+second product reads them as they stand and stores each where its pair belongs.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fp4bench.kernels.decode import _product, _product_constraints, _transpose
+from fp4bench.kernels.experts import PreparedExperts
+from fp4bench.kernels.routing import BLOCK_FIELDS, most_blocks
+from fp4bench.kernels.weights import UNIT_K
+from fp4bench.models import SILU, Activation
+
+ACTIVATIONS = ("silu", "swiglu")  # of `fp4bench.models.Activation`
+
+_WAIT = gl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
+_LAUNCH = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, $1;")
+
+
+@dataclass(frozen=True)
+class GroupedConfig:
+    """How to launch. Any is right for any problem with at least `tiles` tiles of 16 weight rows.
+
+    block: pairs of a block, 8 or 16. With 16 the blocks of up to 8 pairs take the shorter way too.
+    tiles: of 16 weight rows, that a CTA computes, 1 to 8. Each warp holds one unit of 64 columns of each in registers.
+    warps: of a CTA, 4 or 8; they split k.
+    exchange: read x 16 bytes a lane and exchange them among lanes, instead of 4 bytes a lane where they are needed.
+    ahead: hold x of the next unit while one is computed.
+    max_registers: of a thread, None for the compiler's choice.
+    """
+
+    block: int = 8
+    tiles: int = 4
+    warps: int = 4
+    exchange: bool = True
+    ahead: bool = False
+    max_registers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block not in (8, 16) or not 1 <= self.tiles <= 8 or self.warps not in (4, 8):
+            raise ValueError(f"{self}: block is 8 or 16, tiles is 1 to 8, warps 4 or 8")
+
+
+def padded(k: int) -> int:
+    """Columns of a row that is read as k columns: whole units."""
+    return -(-k // UNIT_K) * UNIT_K
+
+
+def gate_up(
+    x: torch.Tensor,
+    weight: PreparedExperts,
+    positions: torch.Tensor,
+    blocks: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    topk: int,
+    activation: Activation,
+    config: GroupedConfig,
+    bias: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> None:
+    """out[position] = activation(x[token of the pair there] weight^T + bias), rounded once, for each position of each block.
+
+    x: bfloat16 or float16 (m, k), k even, rows of an even stride. weight: gated. out: x's type (pairs, padded(n / 2)), of which
+    the first n / 2 columns are written. bias: float32 (experts, 16 tiles), in the order of the tiles (`experts.gated_rows`).
+    positions, blocks: of `routing.order`, with blocks of `config.block`.
+    """
+    if not weight.gated or x.shape[1] != weight.k or out.shape != (positions.shape[0], padded(weight.n // 2)):
+        raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit gated weights {weight.n, weight.k}")
+    if activation.name not in ACTIVATIONS:
+        raise ValueError(f"there is no activation {activation}")
+    if x.shape[1] % 2 or x.stride(0) % 2 or x.data_ptr() % 4 or x.stride(1) != 1:
+        raise ValueError("rows of x are contiguous pairs of elements")
+    _launch(x, weight, positions, blocks, out, weight.n // 2, topk, activation, config, bias, pdl)
+
+
+def down(
+    x: torch.Tensor,
+    weight: PreparedExperts,
+    positions: torch.Tensor,
+    blocks: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    config: GroupedConfig,
+    bias: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> None:
+    """out[pair at a position] = x[position] weight^T + bias, rounded once, for each position of each block.
+
+    x: bfloat16 or float16 (pairs, padded(k)), contiguous, zero (or any finite number) from column k on.
+    out: x's type or float32 (pairs, n), contiguous. The others as those of `gate_up`.
+    """
+    if weight.gated or x.shape != (positions.shape[0], padded(weight.k)) or out.shape != (x.shape[0], weight.n):
+        raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit weights {weight.n, weight.k}")
+    if not x.is_contiguous() or not out.is_contiguous():
+        raise ValueError("x and out are contiguous")
+    _launch(x, weight, positions, blocks, out, weight.n, 0, None, config, bias, pdl)
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: PreparedExperts,
+    positions: torch.Tensor,
+    blocks: torch.Tensor,
+    out: torch.Tensor,
+    columns: int,
+    topk: int,
+    activation: Activation | None,
+    config: GroupedConfig,
+    bias: torch.Tensor | None,
+    pdl: bool,
+) -> None:
+    most = most_blocks(positions.shape[0], weight.experts, config.block)
+    if blocks.shape != (most, BLOCK_FIELDS):
+        raise ValueError(f"{positions.shape[0]} pairs make up to {most} blocks of {config.block}, not {blocks.shape[0]}")
+    if bias is not None and (bias.shape != weight.row_scale.shape or bias.dtype != torch.float32 or not bias.is_contiguous()):
+        raise ValueError(f"bias is float32 {tuple(weight.row_scale.shape)}, contiguous")
+    if not most:
+        return
+    k = x.shape[1]
+    tiles = min(config.tiles, weight.tiles)
+    of_gate = activation or SILU
+    _grouped[(ceil(weight.tiles / tiles), most)](
+        x,
+        positions,
+        blocks,
+        weight.words,
+        weight.scales,
+        weight.row_scale,
+        weight.row_scale if bias is None else bias,
+        out,
+        columns,
+        k,
+        weight.tiles,
+        topk,
+        x.stride(0),
+        out.stride(0),
+        of_gate.alpha,
+        torch.finfo(torch.float32).max if of_gate.limit is None else of_gate.limit,
+        UNITS=weight.units,
+        STEPS=ceil(weight.units / config.warps),
+        TILES=tiles,
+        WARPS=config.warps,
+        BLOCK=config.block,
+        TWO_LEVEL=weight.format.has_tensor_scale,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation.name if activation else "",
+        ALL_COLUMNS=k % UNIT_K == 0,
+        EXCHANGE=config.exchange and k % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0,
+        AHEAD=config.ahead,
+        num_warps=config.warps,
+        launch_pdl=pdl,
+        maxnreg=config.max_registers,
+    )
+
+
+# --- Kernel -----------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit(do_not_specialize=["columns", "k", "tiles", "topk"])
+def _grouped(
+    x,
+    positions,
+    blocks,
+    words,
+    scales,
+    row_scale,
+    bias,
+    out,
+    columns,
+    k,
+    tiles,
+    topk,
+    x_stride,
+    out_stride,
+    alpha,
+    limit,
+    UNITS: gl.constexpr,
+    STEPS: gl.constexpr,
+    TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+    BLOCK: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    ALL_COLUMNS: gl.constexpr,
+    EXCHANGE: gl.constexpr,
+    AHEAD: gl.constexpr,
+):  # type: ignore[no-untyped-def]
+    # Four registers a thread: a lane's words of a unit, its x of 32 columns, or its accumulators.
+    FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+    thread = gl.arange(0, 32 * WARPS, layout=gl.SliceLayout(1, FOUR))
+    lane = thread % 32
+    warp = thread // 32
+    four = gl.arange(0, 4, layout=gl.SliceLayout(0, FOUR))[None, :]
+    if ACTIVATION != "":
+        # The blocks are those of the kernel before. It is done when the kernel after may start: that one reads blocks at once.
+        gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(_LAUNCH, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+    block = blocks + gl.program_id(1) * 4
+    # Past the L1, which may remember those of an earlier call.
+    expert = gl.load(block, cache_modifier=".cg")
+    at = gl.load(block + 1, cache_modifier=".cg")
+    pairs = gl.load(block + 2, cache_modifier=".cg")
+    if pairs > 0:
+        # The last CTA of a block computes rows of the one before it again where the tiles do not divide: the same bits, twice.
+        first = gl.minimum(gl.program_id(0) * TILES, tiles - TILES)
+        tile = expert.to(gl.int64) * tiles + first
+        words_at = words + tile * (UNITS * 128) + (warp * 128 + lane * 4)[:, None] + four
+        scales_at = scales.to(gl.pointer_type(gl.int64), bitcast=True) if TWO_LEVEL else scales
+        scales_at = scales_at + tile * (UNITS * 8) + (warp * 8 + lane // 4)
+        unit = _load_unit(words_at, scales_at, 0, warp, UNITS, WARPS, TILES)
+        if ACTIVATION == "":
+            # Everything above is the weight's. x is of the kernel before.
+            gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+            gl.inline_asm_elementwise(_LAUNCH, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+        scale_at = row_scale + expert.to(gl.int64) * tiles * 16
+        bias_at = bias + expert.to(gl.int64) * tiles * 16
+        operands = (x, x_stride, topk, k, positions, words_at, scales_at, unit)
+        results = (scale_at, bias_at, out, out_stride, columns, alpha, limit)
+        if BLOCK == 16:
+            if pairs > 8:
+                _compute(
+                    operands,
+                    results,
+                    at,
+                    pairs,
+                    first,
+                    thread,
+                    UNITS,
+                    STEPS,
+                    TILES,
+                    WARPS,
+                    16,
+                    TWO_LEVEL,
+                    HAS_BIAS,
+                    ACTIVATION,
+                    ALL_COLUMNS,
+                    EXCHANGE,
+                    AHEAD,
+                    FOUR,
+                )
+        if BLOCK == 8 or pairs <= 8:
+            _compute(
+                operands,
+                results,
+                at,
+                pairs,
+                first,
+                thread,
+                UNITS,
+                STEPS,
+                TILES,
+                WARPS,
+                8,
+                TWO_LEVEL,
+                HAS_BIAS,
+                ACTIVATION,
+                ALL_COLUMNS,
+                EXCHANGE,
+                AHEAD,
+                FOUR,
+            )
+    else:
+        if ACTIVATION == "":
+            # So that no kernel after this one is ahead of the one before.
+            gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _compute(
+    operands,
+    results,
+    at,
+    pairs,
+    first,
+    thread,
+    UNITS: gl.constexpr,
+    STEPS: gl.constexpr,
+    TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    ALL_COLUMNS: gl.constexpr,
+    EXCHANGE: gl.constexpr,
+    AHEAD: gl.constexpr,
+    FOUR: gl.constexpr,
+):  # type: ignore[no-untyped-def]
+    """A block of up to COLUMNS pairs by the tiles of this CTA."""
+    acc = _sums(operands, at, pairs, thread, UNITS, STEPS, TILES, WARPS, COLUMNS, TWO_LEVEL, ALL_COLUMNS, EXCHANGE, AHEAD, FOUR)
+    _store(acc, results, operands[4], at, pairs, first, TILES, WARPS, COLUMNS, HAS_BIAS, ACTIVATION)
+
+
+@gluon.jit
+def _sums(
+    operands,
+    at,
+    pairs,
+    thread,
+    UNITS: gl.constexpr,
+    STEPS: gl.constexpr,
+    TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    ALL_COLUMNS: gl.constexpr,
+    EXCHANGE: gl.constexpr,
+    AHEAD: gl.constexpr,
+    FOUR: gl.constexpr,
+):  # type: ignore[no-untyped-def]
+    """Each warp's share of the sums over k. -> for each tile COLUMNS / 8 float32 [threads, 4]."""
+    x, x_stride, topk, k, positions, words_at, scales_at, unit = operands
+    rows = _rows_of_x(x, x_stride, topk, positions, at, pairs, thread, COLUMNS)
+    warp = thread // 32
+    acc = ()  # type: ignore[var-annotated]
+    for _ in gl.static_range(TILES * (COLUMNS // 8)):
+        acc = acc + (gl.zeros([32 * WARPS, 4], gl.float32, FOUR),)
+    HALF: gl.constexpr = x.dtype.element_ty == gl.float16
+    b = _load_x(rows, pairs, 0, thread, k, UNITS, WARPS, COLUMNS, ALL_COLUMNS, EXCHANGE, FOUR)
+    for step in range(1, STEPS):
+        if AHEAD:
+            next_b = _load_x(rows, pairs, step, thread, k, UNITS, WARPS, COLUMNS, ALL_COLUMNS, EXCHANGE, FOUR)
+        acc = _multiply(unit, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
+        unit = _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES)
+        if not AHEAD:
+            next_b = _load_x(rows, pairs, step, thread, k, UNITS, WARPS, COLUMNS, ALL_COLUMNS, EXCHANGE, FOUR)
+        b = next_b
+    return _multiply(unit, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
+
+
+@gluon.jit
+def _load_unit(words_at, scales_at, step, warp, UNITS: gl.constexpr, WARPS: gl.constexpr, TILES: gl.constexpr):  # type: ignore[no-untyped-def]
+    """A unit of each tile: int32 [threads, 4], the lane's words, and int32 or int64 [threads], the scales of rows g and g + 8.
+
+    Beyond the last unit zeros.
+    """
+    unit = ()  # type: ignore[var-annotated]
+    for tile in gl.static_range(TILES):
+        word = words_at + tile * (UNITS * 128) + step * (WARPS * 128)
+        scale = scales_at + tile * (UNITS * 8) + step * (WARPS * 8)
+        if UNITS % WARPS == 0:
+            w = gl.load(word, eviction_policy="evict_first")
+            s = gl.load(scale)
+        else:
+            inside = step * WARPS + warp < UNITS
+            w = gl.load(word, mask=inside[:, None], other=0, eviction_policy="evict_first")
+            s = gl.load(scale, mask=inside, other=0)
+        unit = unit + (w, s)
+    return unit
+
+
+@gluon.jit
+def _rows_of_x(x, x_stride, topk, positions, at, pairs, thread, COLUMNS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the row of x begins that is a lane's column of each 8. -> for each 8 columns pointers to int32 [threads, 1]."""
+    rows = ()  # type: ignore[var-annotated]
+    for i in gl.static_range(COLUMNS // 8):
+        column = thread % 32 // 4 + 8 * i
+        row = at + column
+        if topk > 0:
+            row = gl.load(positions + row, mask=column < pairs, other=0, cache_modifier=".cg") // topk
+        row_at = x + row.to(gl.int64) * x_stride
+        rows = rows + (row_at.to(gl.pointer_type(gl.int32), bitcast=True)[:, None],)
+    return rows
+
+
+@gluon.jit
+def _load_x(
+    rows,
+    pairs,
+    step,
+    thread,
+    k,
+    UNITS: gl.constexpr,
+    WARPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    ALL_COLUMNS: gl.constexpr,
+    EXCHANGE: gl.constexpr,
+    FOUR: gl.constexpr,
+):  # type: ignore[no-untyped-def]
+    """x as the B operand of a unit. -> for each 8 rows of x two int32 [threads, 4], of 32 columns of the unit each."""
+    lane = thread % 32
+    t = (lane % 4)[:, None]
+    unit = step * WARPS + thread // 32
+    four = gl.arange(0, 4, layout=gl.SliceLayout(0, FOUR))[None, :]
+    b = ()  # type: ignore[var-annotated]
+    for i in gl.static_range(COLUMNS // 4):
+        inside = lane // 4 + 8 * (i // 2) < pairs
+        if UNITS % WARPS != 0:
+            inside = inside & (unit < UNITS)
+        pair_of_columns = unit[:, None] * 32 + 16 * (i % 2) + ((4 * t + four) if EXCHANGE else (4 * four + t))
+        mask = inside[:, None]
+        if not ALL_COLUMNS:
+            mask = mask & (2 * pair_of_columns < k)
+        raw = gl.load(rows[i // 2] + pair_of_columns, mask=mask, other=0)
+        if EXCHANGE:
+            lanes = lane[:, None] + gl.zeros_like(raw)
+            raw = gl.inline_asm_elementwise(
+                _transpose(), "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [raw, lanes], dtype=gl.int32, is_pure=True, pack=4
+            )
+        b = b + (raw,)
+    return b
+
+
+@gluon.jit
+def _multiply(unit, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEVEL: gl.constexpr, HALF: gl.constexpr):  # type: ignore[no-untyped-def]
+    """A unit of each tile, added to its accumulators. -> for each tile COLUMNS / 8 float32 [threads, 4]."""
+    sums = ()  # type: ignore[var-annotated]
+    for tile in gl.static_range(TILES):
+        w = unit[2 * tile]
+        s = unit[2 * tile + 1]
+        if TWO_LEVEL:
+            scales = (
+                (s & 0xFFFFFFFF).to(gl.int32)[:, None] + gl.zeros_like(w),
+                (s >> 32).to(gl.int32)[:, None] + gl.zeros_like(w),
+            )
+        else:
+            scales = (s[:, None] + gl.zeros_like(w),)
+        if COLUMNS == 8:
+            one = gl.inline_asm_elementwise(
+                _product(COLUMNS, TWO_LEVEL, HALF),
+                _product_constraints(COLUMNS, TWO_LEVEL),
+                (w,) + scales + b + (acc[tile],),
+                dtype=gl.float32,
+                is_pure=True,
+                pack=4,
+            )
+            sums = sums + (one,)
+        else:
+            sums = sums + gl.inline_asm_elementwise(
+                _product(COLUMNS, TWO_LEVEL, HALF),
+                _product_constraints(COLUMNS, TWO_LEVEL),
+                (w,) + scales + b + (acc[2 * tile], acc[2 * tile + 1]),
+                dtype=(gl.float32, gl.float32),
+                is_pure=True,
+                pack=4,
+            )
+    return sums
+
+
+@gluon.constexpr_function
+def _accumulators_at_once(count, warps):
+    """How many accumulators the warps add up in a round: one each, if there are so many."""
+    return min(warps, 1 << (count - 1).bit_length())
+
+
+@gluon.jit
+def _store(
+    acc,
+    results,
+    positions,
+    at,
+    pairs,
+    first,
+    TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):  # type: ignore[no-untyped-def]
+    """Sum over the warps, scale, and store. A thread adds up one lane of all warps: four elements of an accumulator."""
+    row_scale, bias, out, out_stride, columns, alpha, limit = results
+    BLOCKS: gl.constexpr = COLUMNS // 8
+    GROUP: gl.constexpr = _accumulators_at_once(TILES * BLOCKS, WARPS)
+    ROUNDS: gl.constexpr = (TILES * BLOCKS + GROUP - 1) // GROUP
+    shared = gl.allocate_shared_memory(gl.float32, [ROUNDS, GROUP, WARPS, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    for i in gl.static_range(TILES * BLOCKS):
+        shared.index(i // GROUP).slice(i % GROUP, 1, dim=0).store(gl.reshape(acc[i], [1, WARPS, 128]))
+    BY_LANE: gl.constexpr = gl.BlockedLayout([1, WARPS, 4], [1, 1, 32], [GROUP, 1, WARPS // GROUP], [2, 1, 0])
+    SUMS: gl.constexpr = gl.SliceLayout(1, BY_LANE)
+    slot = gl.arange(0, GROUP, layout=gl.SliceLayout(1, SUMS))[:, None]
+    element = gl.arange(0, 128, layout=gl.SliceLayout(0, SUMS))[None, :]
+    lane = element // 4
+    for i in gl.static_range(ROUNDS):
+        which = i * GROUP + slot
+        row = (first + which // BLOCKS) * 16 + lane // 4 + 8 * (element % 4 // 2)
+        there = which < TILES * BLOCKS
+        y = gl.sum(shared.index(i).load(BY_LANE), 1) * gl.load(row_scale + row, mask=there, other=0.0)
+        if HAS_BIAS:
+            y += gl.load(bias + row, mask=there, other=0.0)
+        column = 8 * (which % BLOCKS) + 2 * (lane % 4) + element % 2
+        if ACTIVATION == "":
+            inside = there & (column < pairs) & (row < columns)
+            pair = gl.load(positions + at + column, mask=inside, other=0, cache_modifier=".cg")
+            gl.store(out + pair.to(gl.int64) * out_stride + row, y.to(out.dtype.element_ty), mask=inside)
+        else:
+            gate, up = _sides(y, GROUP)
+            h = _activated(gate, up, alpha, limit, ACTIVATION)
+            # Rows g of a tile are columns of the result; where there is no row, none of them is.
+            column, _ = _sides(column, GROUP)
+            place, _ = _sides(gl.where(there, row // 16 * 8 + row % 16, columns), GROUP)
+            inside = (column < pairs) & (place < columns)
+            gl.store(out + (at + column).to(gl.int64) * out_stride + place, h.to(out.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _sides(y, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Elements of rows g and of rows g + 8. [GROUP, 128] -> [GROUP, 32 lanes, 2], twice."""
+    return gl.split(gl.permute(gl.reshape(y, [GROUP, 32, 2, 2]), (0, 1, 3, 2)))
+
+
+@gluon.jit
+def _activated(gate, up, alpha, limit, ACTIVATION: gl.constexpr):  # type: ignore[no-untyped-def]
+    if ACTIVATION == "swiglu":
+        gate = gl.where(gate > limit, limit, gate)  # NaN stays NaN
+        up = gl.where(up > limit, limit, gl.where(up < -limit, -limit, up)) + 1.0
+        h = gate / (1.0 + gl.exp(-alpha * gate)) * up
+    else:
+        h = gate / (1.0 + gl.exp(-gate)) * up
+    return h

@@ -1,0 +1,184 @@
+"""A layer of experts: its parts' shapes, and on a GPU its results at routings of every kind."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+
+from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
+from fp4bench.kernels import moe  # noqa: E402
+from fp4bench.kernels.experts import prepare_experts  # noqa: E402
+from fp4bench.kernels.grouped import GroupedConfig  # noqa: E402
+from fp4bench.kernels.moe import Layer, MoeConfig  # noqa: E402
+from fp4bench.models import SILU, Activation  # noqa: E402
+from fp4bench.quantize import decode, quantize  # noqa: E402
+
+SWIGLU = Activation("swiglu", 1.702, 7.0)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_of(experts, hidden, intermediate, fmt, activation=SILU, with_bias=False, device="cpu"):
+    """-> the layer as the kernels read it, and decoded: W13 and W2 of each expert in float64, and the biases."""
+    first = [quantize(randn(2 * intermediate, hidden, seed=e).to(device) * hidden**-0.5, fmt) for e in range(experts)]
+    second = [quantize(randn(hidden, intermediate, seed=99 + e).to(device) * intermediate**-0.5, fmt) for e in range(experts)]
+    prepared = prepare_experts(first, experts, gated=True), prepare_experts(second, experts, gated=False)
+    biases = None, None
+    if with_bias:
+        biases = randn(experts, 2 * intermediate, seed=7).to(device), randn(experts, hidden, seed=8).to(device)
+    in_tiles = (None if b is None else moe.bias_of_tiles(b, weight) for b, weight in zip(biases, prepared, strict=True))
+    decoded = [
+        (decode(a, torch.float64)[:, :hidden], decode(b, torch.float64)[:, :intermediate])
+        for a, b in zip(first, second, strict=True)
+    ]
+    return Layer(*prepared, activation, *in_tiles), decoded, biases
+
+
+def exact(x, ids, weights, decoded, biases, activation):
+    """The layer in float64, but for what lies between the products, which is rounded to x's type."""
+    y = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for expert, (first, second) in enumerate(decoded):
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        both = x[token].double() @ first.T
+        if biases[0] is not None:
+            both = both + biases[0][expert].double()
+        gate, up = both.chunk(2, dim=1)
+        if activation.name == "swiglu":
+            gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit) + 1
+            between = gate * torch.sigmoid(activation.alpha * gate) * up
+        else:
+            between = gate * torch.sigmoid(gate) * up
+        result = between.to(x.dtype).double() @ second.T
+        if biases[1] is not None:
+            result = result + biases[1][expert].double()
+        y.index_add_(0, token, result * weights[token, slot, None].double())
+    return y
+
+
+def test_what_does_not_belong_together_is_refused():
+    layer, _, _ = layer_of(2, 64, 32, MXFP4)
+    other, _, _ = layer_of(3, 64, 32, MXFP4)
+    for first, second in (
+        (layer.second, layer.second),
+        (layer.first, layer.first),
+        (layer.first, other.second),
+        (layer_of(2, 96, 32, MXFP4)[0].first, layer.second),
+    ):
+        with pytest.raises(ValueError, match="layer"):
+            Layer(first, second, SILU)
+    with pytest.raises(ValueError, match="blocks of 8 and of 16"):
+        MoeConfig(GroupedConfig(8), GroupedConfig(16))
+    space = moe.workspace(3, 2, layer, MoeConfig(GroupedConfig(), GroupedConfig()))
+    x = torch.zeros(3, 64, dtype=torch.bfloat16)
+    ids, weights = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3, 2)
+    for bad, out in ((x[:2], x[:2]), (x, x[:, :32]), (x, x.float()), (x.half(), x.half())):
+        with pytest.raises(ValueError, match="do not fit 3 tokens"):
+            moe.phases(bad, ids, weights, layer, out, space=space, config=moe.default_config(3, 2, 2))
+
+
+def test_a_bias_lies_as_the_rows_of_its_weight():
+    layer, _, (first, second) = layer_of(2, 70, 20, NVFP4, with_bias=True)
+    # 20 rows of each side are three tiles: row 3 of the gate is row 3 of the first, row 17 of up the second of the third's.
+    assert layer.first_bias.shape == layer.first.row_scale.shape == (2, 48)
+    assert layer.first_bias[1, 3] == first[1, 3]
+    assert layer.first_bias[1, 32 + 8 + 1] == first[1, 20 + 17]
+    assert layer.first_bias[1, 32 + 4] == 0
+    assert torch.equal(layer.second_bias, torch.nn.functional.pad(second, (0, 10)))
+
+
+def test_blocks_are_as_wide_as_most_experts_need():
+    assert [moe.default_config(m, 8, 256).first.block for m in (1, 8, 64, 96, 97, 256)] == [8, 8, 8, 8, 16, 16]
+    assert [moe.default_config(m, 2, 8).first.block for m in (1, 8, 9, 12, 13)] == [8, 8, 8, 8, 16]
+
+
+def routed(kind, m, topk, experts):
+    """Choices of m tokens, each of `topk` different experts: any, one expert for all among them, or of the first few alone."""
+    generator = torch.Generator().manual_seed(m)
+    pool = {"any": experts, "hot": experts - 1, "few": topk}[kind]
+    ids = torch.stack([torch.randperm(pool, generator=generator)[:topk] for _ in range(m)]).int()
+    if kind == "hot":
+        ids[:, 0] = experts - 1
+    return ids.cuda()
+
+
+CONFIGS = [
+    *(MoeConfig(GroupedConfig(block), GroupedConfig(block)) for block in (8, 16)),
+    MoeConfig(GroupedConfig(8, exchange=False, ahead=True, warps=8), GroupedConfig(8, exchange=False, tiles=3)),
+    MoeConfig(GroupedConfig(16, tiles=8, ahead=True), GroupedConfig(16, tiles=5, warps=8, exchange=False)),
+]
+
+# Sizes that divide by everything, and that do not: hidden by 8 and 64, intermediate by 8, 16 and 64.
+LAYERS = [
+    (16, 512, 256, 4, SILU, False),
+    (8, 576, 200, 2, SWIGLU, True),
+    (9, 130, 36, 3, SWIGLU, True),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
+@pytest.mark.parametrize(("experts", "hidden", "intermediate", "topk", "activation", "with_bias"), LAYERS)
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+def test_a_gpu_computes_the_layer(config, experts, hidden, intermediate, topk, activation, with_bias, fmt):
+    layer, decoded, biases = layer_of(experts, hidden, intermediate, fmt, activation, with_bias, "cuda")
+    for m, kind in ((1, "any"), (5, "any"), (40, "any"), (40, "hot"), (40, "few"), (300, "any")):
+        x = randn(m, hidden, seed=3).bfloat16().cuda()
+        ids, weights = routed(kind, m, topk, experts), torch.rand(m, topk, device="cuda")
+        space = moe.workspace(m, topk, layer, config)
+        space.slots.fill_(torch.nan)
+        space.hidden[:, :intermediate] = torch.nan
+        outs = []
+        for pdl in (False, True, True):
+            out = torch.full_like(x, torch.nan)
+            outs.append(moe.run(x, ids, weights, layer, out, space=space, config=config, pdl=pdl))
+        want = exact(x, ids, weights, decoded, biases, activation)
+        # Rounding to bfloat16, between the products and of the result, is 0.0024 together.
+        assert (outs[0].double() - want).norm() / want.norm() < 3e-3, (m, kind)
+        assert torch.equal(outs[0], outs[1])
+        assert torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.gpu
+def test_choices_of_other_gpus_count_for_nothing_and_a_token_does_not_see_the_others():
+    layer, decoded, biases = layer_of(8, 256, 128, NVFP4, device="cuda")
+    x = randn(33, 256).bfloat16().cuda()
+    ids, weights = routed("any", 33, 4, 8), torch.rand(33, 4, device="cuda")
+    ids[::3, 1] = -1
+    ids[5] = 8
+    config = moe.default_config(33, 4, 8)
+    space = moe.workspace(33, 4, layer, config)
+    out = moe.run(x, ids, weights, layer, torch.full_like(x, torch.nan), space=space, config=config)
+    want = exact(x, ids, weights, decoded, biases, SILU)
+    assert (out.double() - want).norm() / want.norm() < 3e-3
+    assert out[5].eq(0).all()
+    alone = moe.workspace(1, 4, layer, config)
+    for token in (0, 7, 32):
+        one = slice(token, token + 1)
+        again = moe.run(x[one], ids[one], weights[one], layer, torch.empty_like(x[one]), space=alone, config=config)
+        assert torch.equal(again, out[one])
+
+
+@pytest.mark.gpu
+def test_a_layer_in_a_cuda_graph_follows_its_inputs():
+    layer, decoded, biases = layer_of(8, 256, 128, MXFP4, device="cuda")
+    x, out = randn(20, 256).bfloat16().cuda(), torch.empty(20, 256, dtype=torch.bfloat16, device="cuda")
+    ids, weights = routed("any", 20, 2, 8), torch.rand(20, 2, device="cuda")
+    config = moe.default_config(20, 2, 8)
+    space = moe.workspace(20, 2, layer, config)
+
+    def call():
+        return moe.run(x, ids, weights, layer, out, space=space, config=config, pdl=True)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+        call()
+    for kind in ("hot", "few", "any"):
+        ids.copy_(routed(kind, 20, 2, 8))
+        x.copy_(randn(20, 256, seed=len(kind)))
+        graph.replay()
+        want = exact(x, ids, weights, decoded, biases, SILU)
+        assert (out.double() - want).norm() / want.norm() < 3e-3
