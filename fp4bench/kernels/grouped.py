@@ -20,7 +20,7 @@ from fp4bench.kernels.decode import _product, _product_constraints, _transpose
 from fp4bench.kernels.experts import PreparedExperts
 from fp4bench.kernels.routing import BLOCK_FIELDS, most_blocks
 from fp4bench.kernels.weights import UNIT_K
-from fp4bench.models import SILU, Activation
+from fp4bench.models import Activation
 
 ACTIVATIONS = ("silu", "swiglu")  # of `fp4bench.models.Activation`
 
@@ -52,6 +52,15 @@ class GroupedConfig:
             raise ValueError(f"{self}: block is 8 or 16, tiles is 1 to 8, warps 4 or 8")
 
 
+def activation_arguments(activation: Activation | None) -> tuple[str, float, float]:
+    """-> the kernels' name of an activation ("" of none), alpha and limit. Raises ValueError for one that they have not."""
+    if activation is None:
+        return "", 1.0, 1.0
+    if activation.name not in ACTIVATIONS:
+        raise ValueError(f"there is no activation {activation}")
+    return activation.name, activation.alpha, torch.finfo(torch.float32).max if activation.limit is None else activation.limit
+
+
 def padded(k: int) -> int:
     """Columns of a row that is read as k columns: whole units."""
     return -(-k // UNIT_K) * UNIT_K
@@ -78,8 +87,6 @@ def gate_up(
     """
     if not weight.gated or x.shape[1] != weight.k or out.shape != (positions.shape[0], padded(weight.n // 2)):
         raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit gated weights {weight.n, weight.k}")
-    if activation.name not in ACTIVATIONS:
-        raise ValueError(f"there is no activation {activation}")
     if x.shape[1] % 2 or x.stride(0) % 2 or x.data_ptr() % 4 or x.stride(1) != 1:
         raise ValueError("rows of x are contiguous pairs of elements")
     _launch(x, weight, positions, blocks, out, weight.n // 2, topk, activation, config, bias, pdl)
@@ -130,7 +137,7 @@ def _launch(
         return
     k = x.shape[1]
     tiles = min(config.tiles, weight.tiles)
-    of_gate = activation or SILU
+    name, alpha, limit = activation_arguments(activation)
     _grouped[(ceil(weight.tiles / tiles), most)](
         x,
         positions,
@@ -146,8 +153,8 @@ def _launch(
         topk,
         x.stride(0),
         out.stride(0),
-        of_gate.alpha,
-        torch.finfo(torch.float32).max if of_gate.limit is None else of_gate.limit,
+        alpha,
+        limit,
         UNITS=weight.units,
         STEPS=ceil(weight.units / config.warps),
         TILES=tiles,
@@ -155,7 +162,7 @@ def _launch(
         BLOCK=config.block,
         TWO_LEVEL=weight.format.has_tensor_scale,
         HAS_BIAS=bias is not None,
-        ACTIVATION=activation.name if activation else "",
+        ACTIVATION=name,
         ALL_COLUMNS=k % UNIT_K == 0,
         EXCHANGE=config.exchange and k % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0,
         AHEAD=config.ahead,

@@ -1,13 +1,17 @@
-"""A layer of experts in FP4, w4a16: routing order, gated product, product, weighted sum. Four launches, nothing waits.
+"""A layer of experts in FP4, w4a16 or w4a8: routing order, gated product, product, weighted sum. Nothing waits.
 
 y[token] = sum over its slots j of weights[token, j] * (act(x[token] W13[e]^T + b13[e]) W2[e]^T + b2[e]), e = ids[token, j]
 
 What lies between is rounded to the type of x once, after the activation; results of a pair stay in float32 until they are added
 up, in the order of slots. So a result depends on nothing but its own row of x, and is the same on every run.
+
+For few tokens an expert `grouped` multiplies: four launches. For many `grouped_prefill`, whose rows are brought in order first.
+In w4a8 the rows of x, and what lies between, are quantized to E4M3 with a scale a row.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -15,7 +19,11 @@ from torch.nn.functional import pad
 from fp4bench.kernels import grouped, routing
 from fp4bench.kernels.experts import PreparedExperts, gated_rows
 from fp4bench.kernels.grouped import GroupedConfig
+from fp4bench.kernels.grouped_prefill import product
+from fp4bench.kernels.prefill import PrefillConfig
+from fp4bench.kernels.quantize import quantize_fp8_rows
 from fp4bench.models import Activation
+from fp4bench.quantize import RowQuantized
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,33 +55,51 @@ class Layer:
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """How the two products are launched; their blocks are the same."""
+    """How the two products are launched, both by `grouped` or both by `grouped_prefill`; their blocks are the same."""
 
-    first: GroupedConfig
-    second: GroupedConfig
+    first: GroupedConfig | PrefillConfig
+    second: GroupedConfig | PrefillConfig
 
     def __post_init__(self) -> None:
-        if self.first.block != self.second.block:
-            raise ValueError(f"blocks of {self.first.block} and of {self.second.block} pairs")
+        if type(self.first) is not type(self.second) or _block(self.first) != _block(self.second):
+            raise ValueError(f"{self.first} and {self.second} have no blocks in common")
+
+    @property
+    def block(self) -> int:
+        """The most pairs of a block."""
+        return _block(self.first)
 
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """What the kernels of a call leave to one another.
+    """What the kernels of a call leave to one another, rows in the order of pairs but for the first and the last.
 
     positions, blocks: as in `routing`. hidden: (pairs, i padded to 64), zeros beyond i. slots: float32 (pairs, hidden).
+    rows: x (pairs, hidden padded to 64), for `grouped_prefill`. In w4a8 it is E4M3 with `scales`, from `quantized` (m), and so
+    is `hidden_quantized`.
     """
 
     positions: torch.Tensor
     blocks: torch.Tensor
     hidden: torch.Tensor
     slots: torch.Tensor
+    rows: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+    quantized: RowQuantized | None = None
+    hidden_quantized: RowQuantized | None = None
 
 
-def default_config(m: int, topk: int, experts: int) -> MoeConfig:
-    """A launch by arithmetic: blocks of 8 where few experts have more tokens than that, if tokens choose evenly."""
-    block = 8 if m <= 8 or m * topk <= 3 * experts else 16
-    launch = GroupedConfig(block)
+def default_config(m: int, topk: int, experts: int, *, fp8: bool = False) -> MoeConfig:
+    """A launch by arithmetic: the narrowest blocks that few experts have more tokens than, if tokens choose evenly.
+
+    fp8: for w4a8, which `grouped_prefill` alone computes.
+    """
+    mean = m * topk / experts
+    if fp8 or mean > 12:
+        depth = 128 if fp8 else 64
+        wide = PrefillConfig(rows=256, columns=64, depth=depth, stages=5 if fp8 else 10)
+        return MoeConfig(wide, wide)
+    launch = GroupedConfig(8 if m <= 8 or mean <= 3 else 16)
     return MoeConfig(launch, launch)
 
 
@@ -84,15 +110,28 @@ def bias_of_tiles(bias: torch.Tensor, weight: PreparedExperts) -> torch.Tensor:
     return pad(in_order, (0, 0, 0, weight.row_scale.shape[1] - in_order.shape[0])).T.contiguous()
 
 
-def workspace(m: int, topk: int, layer: Layer, config: MoeConfig, dtype: torch.dtype = torch.bfloat16) -> Workspace:
-    """Memory for `run` with m tokens of `dtype`, on the device of the weights. Calls that may overlap need one each."""
+def workspace(
+    m: int, topk: int, layer: Layer, config: MoeConfig, dtype: torch.dtype = torch.bfloat16, *, fp8: bool = False
+) -> Workspace:
+    """Memory for `run` with m tokens of `dtype`, on the device of the weights. Calls that may overlap need one each.
+
+    fp8: for w4a8. Raises ValueError for a configuration that cannot compute that.
+    """
     device, pairs = layer.first.words.device, m * topk
-    most = routing.most_blocks(pairs, layer.experts, config.first.block)
+    wide = isinstance(config.first, PrefillConfig)
+    if fp8 and not wide:
+        raise ValueError("w4a8 is computed by grouped_prefill alone")
+    most = routing.most_blocks(pairs, layer.experts, config.block)
+    k, between = grouped.padded(layer.hidden), grouped.padded(layer.second.k)
     return Workspace(
         torch.empty(pairs, dtype=torch.int32, device=device),
         torch.empty(most, routing.BLOCK_FIELDS, dtype=torch.int32, device=device),
-        torch.zeros(pairs, grouped.padded(layer.second.k), dtype=dtype, device=device),
+        torch.zeros(pairs, between, dtype=dtype, device=device),
         torch.empty(pairs, layer.hidden, dtype=torch.float32, device=device),
+        torch.empty(pairs, k, dtype=torch.float8_e4m3fn if fp8 else dtype, device=device) if wide else None,
+        torch.empty(pairs, dtype=torch.float32, device=device) if fp8 else None,
+        _empty_rows(m, k, device) if fp8 else None,
+        _empty_rows(pairs, between, device) if fp8 else None,
     )
 
 
@@ -107,10 +146,10 @@ def run(
     config: MoeConfig,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """The layer for x (m, hidden), bfloat16 or float16, into out of the same type and shape. Returns out.
+    """The layer for x (m, hidden), bfloat16 (or float16, for `grouped`), into out of the same type and shape. Returns out.
 
     ids: int32 (m, topk), weights: float32 (m, topk), both contiguous. Choices outside of 0 .. experts - 1 count for nothing.
-    No allocation, no synchronization. pdl: let the kernels overlap with those before and after.
+    No allocation, no synchronization. pdl: let the kernels overlap with those before and after, where they can.
     Raises ValueError for shapes, types and a workspace that do not fit.
     """
     for phase in phases(x, ids, weights, layer, out, space=space, config=config, pdl=pdl).values():
@@ -133,23 +172,95 @@ def phases(
     m, topk = ids.shape
     if x.shape != (m, layer.hidden) or out.shape != x.shape or out.dtype != x.dtype or x.dtype != space.hidden.dtype:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype} do not fit {m} tokens")
-    positions, blocks, hidden, slots = space.positions, space.blocks, space.hidden, space.slots
+    if isinstance(config.first, PrefillConfig):
+        middle = _wide_phases(x, topk, layer, space, config)
+    else:
+        middle = _narrow_phases(x, topk, layer, space, config, pdl)
     return {
-        "routing": lambda: routing.order(ids, layer.experts, config.first.block, positions, blocks, pdl=pdl),
+        "routing": lambda: routing.order(ids, layer.experts, config.block, space.positions, space.blocks, pdl=pdl),
+        **middle,
+        "combine": lambda: routing.combine(space.slots.view(m, topk, -1), ids, layer.experts, weights, out, pdl=pdl),
+    }
+
+
+def _narrow_phases(
+    x: torch.Tensor, topk: int, layer: Layer, space: Workspace, config: MoeConfig, pdl: bool
+) -> dict[str, Callable[[], None]]:
+    first, second = config.first, config.second
+    assert isinstance(first, GroupedConfig)
+    assert isinstance(second, GroupedConfig)
+    positions, blocks, hidden, slots = space.positions, space.blocks, space.hidden, space.slots
+    options: dict[str, Any] = {"topk": topk, "activation": layer.activation}
+    return {
         "gemm1": lambda: grouped.gate_up(
-            x,
+            x, layer.first, positions, blocks, hidden, config=first, bias=layer.first_bias, pdl=pdl, **options
+        ),
+        "gemm2": lambda: grouped.down(
+            hidden, layer.second, positions, blocks, slots, config=second, bias=layer.second_bias, pdl=pdl
+        ),
+    }
+
+
+def _wide_phases(
+    x: torch.Tensor, topk: int, layer: Layer, space: Workspace, config: MoeConfig
+) -> dict[str, Callable[[], None]]:
+    first, second = config.first, config.second
+    assert isinstance(first, PrefillConfig)
+    assert isinstance(second, PrefillConfig)
+    assert space.rows is not None
+    positions, blocks, rows, hidden = space.positions, space.blocks, space.rows, space.hidden
+    of_x, of_hidden = space.quantized, space.hidden_quantized
+
+    def gemm1() -> None:
+        product(
+            rows,
             layer.first,
             positions,
             blocks,
             hidden,
-            topk=topk,
             activation=layer.activation,
-            config=config.first,
+            config=first,
+            x_scale=space.scales,
             bias=layer.first_bias,
-            pdl=pdl,
-        ),
-        "gemm2": lambda: grouped.down(
-            hidden, layer.second, positions, blocks, slots, config=config.second, bias=layer.second_bias, pdl=pdl
-        ),
-        "combine": lambda: routing.combine(slots.view(m, topk, -1), ids, layer.experts, weights, out, pdl=pdl),
+        )
+
+    def gemm2(x: torch.Tensor, x_scale: torch.Tensor | None) -> None:
+        product(
+            x,
+            layer.second,
+            positions,
+            blocks,
+            space.slots,
+            activation=None,
+            config=second,
+            x_scale=x_scale,
+            bias=layer.second_bias,
+        )
+
+    if of_x is None or of_hidden is None:
+        return {
+            "gather": lambda: routing.gather(x, positions, topk, rows),
+            "gemm1": gemm1,
+            "gemm2": lambda: gemm2(hidden, None),
+        }
+    between = hidden[:, : layer.second.k]
+    return {
+        "quantize": lambda: _quantize(x, of_x),
+        "gather": lambda: routing.gather(of_x.values, positions, topk, rows, of_x.scales, space.scales),
+        "gemm1": gemm1,
+        "quantize2": lambda: _quantize(between, of_hidden),
+        "gemm2": lambda: gemm2(of_hidden.values, of_hidden.scales),
     }
+
+
+def _quantize(x: torch.Tensor, out: RowQuantized) -> None:
+    quantize_fp8_rows(x, fragments=True, out=out)
+
+
+def _block(config: GroupedConfig | PrefillConfig) -> int:
+    return config.columns if isinstance(config, PrefillConfig) else config.block
+
+
+def _empty_rows(rows: int, columns: int, device: torch.device) -> RowQuantized:
+    values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
+    return RowQuantized(values, torch.empty(rows, 1, dtype=torch.float32, device=device))

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-# Fields of a block in memory, int32 each: its expert, its first position in the order, its pairs, and one unused.
+# Fields of a block in memory, int32 each: its expert, its first position in the order, its pairs, and, of the first block
+# alone, how many blocks there are.
 BLOCK_FIELDS = 4
 
 _CHUNK = 2048  # choices that a program has in registers at a time: 16 a thread
@@ -57,6 +58,43 @@ def order(
         PDL=pdl,
         num_warps=4,
         **_launch(pdl),
+    )
+
+
+def gather(
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    topk: int,
+    out: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    out_scales: torch.Tensor | None = None,
+) -> None:
+    """The rows of tokens in the order of pairs. rows: (m, k), the last axis contiguous; out: (pairs, k or more), zero behind k.
+
+    scales: float32 (m), of the rows; out_scales: float32 (pairs). Both or neither; elements of one or two bytes.
+    """
+    pairs, k = positions.shape[0], rows.shape[1]
+    if out.shape[0] != pairs or out.shape[1] < k or out.dtype != rows.dtype or pairs != rows.shape[0] * topk:
+        raise ValueError(f"{pairs} pairs of {tuple(rows.shape)} {rows.dtype} do not fit {tuple(out.shape)} {out.dtype}")
+    if pairs == 0:
+        return
+    bits = torch.int16 if rows.element_size() == 2 else torch.uint8
+    columns = min(4096 // rows.element_size(), triton.next_power_of_2(out.shape[1]))
+    _gather[(pairs, ceil(out.shape[1] / columns))](
+        rows.view(bits),
+        positions,
+        out.view(bits),
+        positions if scales is None else scales,
+        positions if out_scales is None else out_scales,
+        rows.shape[0],
+        topk,
+        k,
+        out.shape[1],
+        rows.stride(0),
+        out.stride(0),
+        COLUMNS=columns,
+        HAS_SCALES=scales is not None,
+        num_warps=4,
     )
 
 
@@ -126,8 +164,37 @@ def _order(  # type: ignore[no-untyped-def]
         tl.store(block, own)
         tl.store(block + 1, first + i * rows)
         tl.store(block + 2, tl.minimum(rows, count - i * rows))
+    if own == 0:
+        tl.store(blocks + 3, all_blocks)
     for i in range(all_blocks + own, most, experts):
         tl.store(blocks + i * 4 + 2, 0)
+
+
+@triton.jit(do_not_specialize=["m", "topk"])
+def _gather(  # type: ignore[no-untyped-def]
+    rows,
+    positions,
+    out,
+    scales,
+    out_scales,
+    m,
+    topk,
+    k,
+    k_out,
+    stride,
+    out_stride,
+    COLUMNS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+):
+    position = tl.program_id(0)
+    # Positions of choices that were left out hold anything: no row that is read must lie outside.
+    token = tl.minimum(tl.maximum(tl.load(positions + position) // topk, 0), m - 1)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    value = tl.load(rows + token.to(tl.int64) * stride + column, mask=column < k, other=0)
+    tl.store(out + position.to(tl.int64) * out_stride + column, value, mask=column < k_out)
+    if HAS_SCALES:
+        if tl.program_id(1) == 0:
+            tl.store(out_scales + position, tl.load(scales + token))
 
 
 @triton.jit(do_not_specialize=["experts"])

@@ -32,6 +32,7 @@ def check_order(ids, experts, rows):
         first += pairs
     assert blocks[: len(expected), :3].tolist() == expected
     assert blocks[len(expected) :, 2].eq(0).all()
+    assert blocks[:1, 3].tolist() == [len(expected)] * len(blocks[:1])
 
 
 @st.composite
@@ -80,6 +81,25 @@ def check_tokens_in_another_order(choices, random):
     assert of_experts(ids[tokens], lambda pair: (tokens[pair // topk], pair % topk)) == as_they_were
 
 
+def check_gather():
+    generator = torch.Generator().manual_seed(2)
+    for m, topk, k, dtype in ((3, 2, 5, torch.bfloat16), (2, 3, 4100, torch.float8_e4m3fn), (0, 2, 8, torch.bfloat16)):
+        rows = torch.randn(m, k + 3, generator=generator).to(dtype)[:, :k]
+        scales, out_scales = torch.rand(m, generator=generator), torch.full((m * topk,), torch.nan)
+        positions = torch.randperm(m * topk, generator=generator, dtype=torch.int32)
+        out = torch.full((m * topk, k + 2), 7.0).to(dtype)
+        with_scales = dtype is torch.float8_e4m3fn
+        routing.gather(rows, positions, topk, out, *((scales, out_scales) if with_scales else ()))
+        tokens = positions.long() // topk
+        assert torch.equal(out.float(), torch.nn.functional.pad(rows.float()[tokens], (0, 2)))
+        assert torch.equal(out_scales, scales[tokens]) or not with_scales
+    # Positions that were never written do not lead out of x.
+    out = torch.zeros(4, 8, dtype=torch.bfloat16)
+    lost = torch.tensor([-(2**31), 2**31 - 1, 0, 9], dtype=torch.int32)
+    routing.gather(torch.ones(2, 8, dtype=torch.bfloat16), lost, 2, out)
+    assert out.eq(1).all()
+
+
 def check_combine():
     generator = torch.Generator().manual_seed(0)
     for m, topk, n in ((1, 1, 5), (3, 4, 1030), (0, 2, 8)):
@@ -103,4 +123,5 @@ if __name__ == "__main__":
     check_any_order()
     check_several_chunks()
     check_tokens_in_another_order()
+    check_gather()
     check_combine()

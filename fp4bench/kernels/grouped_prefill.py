@@ -1,0 +1,454 @@
+"""Products of a MoE layer for many tokens an expert, on Hopper's `wgmma`: blocks of up to 64 pairs times their expert's weight.
+
+What a CTA does is what `prefill` does: one warp brings words, scales and rows of x by TMA into a ring of stages, one or two
+warpgroups decode words in registers as the left operand and multiply. TMA reads rows that stand together, so both products
+take rows in the order of pairs (`routing.gather`); rows beyond a block's last are those of the next block, and are not stored.
+A block of no more than 16 or 32 pairs is multiplied as one of 16 or 32.
+
+CTAs are persistent and take tiles in turn, those of a block one after another: its rows, and the weights of an expert with
+several blocks, are in the L2 the next time.
+"""
+
+from math import ceil
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from fp4bench.kernels.experts import PreparedExperts
+from fp4bench.kernels.grouped import _activated, activation_arguments, padded
+from fp4bench.kernels.prefill import _SHARED_BYTES, PrefillConfig, _decode, _descriptor, _sms
+from fp4bench.kernels.routing import BLOCK_FIELDS, most_blocks
+from fp4bench.kernels.weights import TILE_N, UNIT_K
+from fp4bench.models import Activation
+
+
+def why_not(weight: PreparedExperts, x_dtype: torch.dtype, config: PrefillConfig) -> str | None:
+    """Why this configuration cannot compute these products exactly, or None."""
+    if x_dtype not in (torch.bfloat16, torch.float8_e4m3fn):
+        return f"x is bfloat16 or float8_e4m3fn, not {x_dtype}"
+    if x_dtype is torch.float8_e4m3fn and (weight.format.has_tensor_scale or weight.operand is not torch.float8_e4m3fn):
+        return f"{weight.format} weights prepared for {weight.operand} are not exact as E4M3"
+    if x_dtype.itemsize * config.depth != 128:
+        return f"a step is 128 bytes of a row of x, not {config.depth} columns of {x_dtype}"
+    if config.shared_bytes(x_dtype.itemsize, 2 if weight.format.has_tensor_scale else 1) > _SHARED_BYTES // config.ctas:
+        return f"{config.ctas} CTAs of {config} do not fit the shared memory of an SM"
+    return None
+
+
+def product(
+    x: torch.Tensor,
+    weight: PreparedExperts,
+    positions: torch.Tensor,
+    blocks: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    activation: Activation | None,
+    config: PrefillConfig,
+    x_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> None:
+    """The product of each position's row with its expert's weight, plus bias, rounded once.
+
+    With an activation, of a gated weight: out[position] = activation(...), out (pairs, padded(n / 2)), of which n / 2 columns
+    are written. Without: out[pair at the position], out (pairs, n).
+    x: (pairs, padded(k)), contiguous, rows in the order of pairs; bfloat16, or float8_e4m3fn in `weights.E4M3_ORDER` with
+    x_scale, float32 (pairs). out: bfloat16 or float32, contiguous. bias: float32 (experts, 16 tiles), in the tiles' order.
+    positions, blocks: of `routing.order`, with blocks of `config.columns`.
+    """
+    pairs = positions.shape[0]
+    columns = weight.n // 2 if activation else weight.n
+    reason = why_not(weight, x.dtype, config)
+    if reason:
+        raise ValueError(reason)
+    if bool(activation) != weight.gated or x.shape != (pairs, padded(weight.k)):
+        raise ValueError(f"x {tuple(x.shape)} does not fit weights {weight.n, weight.k}")
+    if out.shape != (pairs, padded(columns) if activation else columns) or not (x.is_contiguous() and out.is_contiguous()):
+        raise ValueError(f"out {tuple(out.shape)} is not for {pairs} x {columns}, or is not contiguous")
+    most = most_blocks(pairs, weight.experts, config.columns)
+    if blocks.shape != (most, BLOCK_FIELDS):
+        raise ValueError(f"{pairs} pairs make up to {most} blocks of {config.columns}, not {blocks.shape[0]}")
+    if not most:
+        return
+    two_level = weight.format.has_tensor_scale
+    n_tiles = ceil(weight.tiles * TILE_N / config.rows)
+    tiles_per_cta, units_per_step = config.rows // TILE_N, config.depth // UNIT_K
+    per_unit = 16 if two_level else 8
+    name, alpha, limit = activation_arguments(activation)
+    _kernel[(min(_sms(x.device) * config.ctas, most * n_tiles),)](
+        _descriptor(x, [config.columns, config.depth], 128),
+        _descriptor(weight.words.view(weight.experts * weight.tiles, -1), [tiles_per_cta, 128 * units_per_step], 0),
+        _descriptor(weight.scales.view(weight.experts * weight.tiles, -1), [tiles_per_cta, per_unit * units_per_step], 0),
+        out,
+        weight.row_scale,
+        weight.row_scale if x_scale is None else x_scale,
+        weight.row_scale if bias is None else bias,
+        positions,
+        blocks,
+        columns,
+        weight.tiles,
+        n_tiles,
+        ceil(weight.units / units_per_step),
+        out.stride(0),
+        alpha,
+        limit,
+        REPEATS=config.rows // (64 * config.warpgroups),
+        WARPGROUPS=config.warpgroups,
+        COLUMNS=config.columns,
+        UNITS=units_per_step,
+        STAGES=config.stages,
+        FORM="e4m3" if x.dtype is torch.float8_e4m3fn else "bf16",
+        TWO_LEVEL=two_level,
+        HAS_X_SCALE=x_scale is not None,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=name,
+        REGISTERS=config.consumer_registers,
+        num_warps=4,
+        maxnreg=config.registers,
+    )
+
+
+# --- Device code ------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _work(blocks, number, n_tiles):
+    """-> (expert, first position, pairs, n tile) of a CTA's tile."""
+    block = blocks + number // n_tiles * 4
+    return gl.load(block), gl.load(block + 1), gl.load(block + 2), number % n_tiles
+
+
+@gluon.jit
+def _produce(descriptors, buffers, barriers, blocks, sizes, STAGES: gl.constexpr):
+    """One warp: fill free stages."""
+    x_tiles, words, scales = descriptors
+    x_buffer, words_buffer, scales_buffer = buffers
+    full, empty = barriers
+    columns, tiles, n_tiles, steps, numbers = sizes
+    DEPTH: gl.constexpr = x_tiles.block_type.shape[1]
+    TILES: gl.constexpr = words.block_type.shape[0]
+    WORDS: gl.constexpr = words.block_type.shape[1]
+    SCALES: gl.constexpr = scales.block_type.shape[1]
+    count = 0
+    for number in range(gl.program_id(0), numbers, gl.num_programs(0)):
+        expert, first, pairs, at_n = _work(blocks, number, n_tiles)
+        tile = expert * tiles + at_n * TILES
+        for step in range(0, steps):
+            stage = count % STAGES
+            mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+            ready = full.index(stage)
+            mbarrier.expect(ready, x_tiles.block_type.nbytes + words.block_type.nbytes + scales.block_type.nbytes)
+            tma.async_copy_global_to_shared(words, [tile, step * WORDS], ready, words_buffer.index(stage))
+            tma.async_copy_global_to_shared(scales, [tile, step * SCALES], ready, scales_buffer.index(stage))
+            tma.async_copy_global_to_shared(x_tiles, [first, step * DEPTH], ready, x_buffer.index(stage))
+            count += 1
+
+
+@gluon.jit
+def _multiply(
+    buffers,
+    barriers,
+    count,
+    sums,
+    WARPGROUP: gl.constexpr,
+    REPEATS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    UNITS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FORM: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    OPERAND: gl.constexpr,
+):
+    """Decode a step and issue its products with the first COLUMNS rows of x, without waiting for them."""
+    x_buffer, words_buffer, scales_buffer = buffers
+    full, empty = barriers
+    stage = count % STAGES
+    mbarrier.wait(full.index(stage), count // STAGES & 1)
+    words = words_buffer.index(stage).slice(4 * REPEATS * WARPGROUP, 4 * REPEATS, 0)
+    scales = scales_buffer.index(stage).slice(4 * REPEATS * WARPGROUP, 4 * REPEATS, 0)
+    w = _decode(words, scales, REPEATS, UNITS, FORM, TWO_LEVEL, OPERAND)
+    x = x_buffer.index(stage).slice(0, COLUMNS, 0).permute((1, 0))
+    return hopper.warpgroup_mma(w, x, sums, is_async=True)
+
+
+@gluon.jit
+def _release(barriers, count, STAGES: gl.constexpr):
+    full, empty = barriers
+    mbarrier.arrive(empty.index(count % STAGES), count=1)
+
+
+@gluon.jit
+def _tile(
+    buffers,
+    barriers,
+    pointers,
+    place,
+    steps,
+    count,
+    limits,
+    WARPGROUP: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    REPEATS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    UNITS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FORM: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    HAS_X_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):
+    """A warpgroup's rows of one tile, for a block of up to COLUMNS pairs."""
+    ROWS: gl.constexpr = 64 * REPEATS
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32 if FORM == "e4m3" else 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 4 if FORM == "e4m3" else 2)
+    sums = hopper.warpgroup_mma_init(gl.zeros([ROWS, COLUMNS], gl.float32, SUMS))
+    # Two steps a turn, so that their operands have registers of their own; a step in advance where the rest would be odd.
+    if steps % 2 == 0:
+        sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, COLUMNS, UNITS, STAGES, FORM, TWO_LEVEL, OPERAND)
+        sums = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(0, deps=(sums,)))
+        _release(barriers, count, STAGES)
+        count += 1
+    sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, COLUMNS, UNITS, STAGES, FORM, TWO_LEVEL, OPERAND)
+    for pair in range((steps - 1) // 2):
+        for half in gl.static_range(2):
+            sums = _multiply(
+                buffers, barriers, count + 1, sums, WARPGROUP, REPEATS, COLUMNS, UNITS, STAGES, FORM, TWO_LEVEL, OPERAND
+            )
+            sums = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(1, deps=(sums,)))
+            _release(barriers, count, STAGES)
+            count += 1
+    y = hopper.warpgroup_mma_wait(0, deps=(sums,))
+    _release(barriers, count, STAGES)
+    _store(y, pointers, place, limits, WARPGROUP, WARPGROUPS, ROWS, COLUMNS, SUMS, FORM, HAS_X_SCALE, HAS_BIAS, ACTIVATION)
+
+
+@gluon.jit
+def _store(
+    y,
+    pointers,
+    place,
+    limits,
+    WARPGROUP: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SUMS: gl.constexpr,
+    FORM: gl.constexpr,
+    HAS_X_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):
+    """The epilogue in float32, then y^T in rows."""
+    out, row_scale, x_scale, bias, positions = pointers
+    expert, first, pairs, at_n, columns, tiles, out_stride = place
+    alpha, limit = limits
+    # E4M3 holds value * 2**(6 - delta), the layout's row scale undoes value * 2**(1 - delta).
+    GAIN: gl.constexpr = 2.0**-5 if FORM == "e4m3" else 1.0
+    n0 = at_n * (ROWS * WARPGROUPS) + WARPGROUP * ROWS
+    rows = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+    inside = rows < tiles * 16
+    of_expert = expert.to(gl.int64) * tiles * 16
+    y = y * (gl.load(row_scale + of_expert + rows, mask=inside, other=0.0) * GAIN)[:, None]
+    if HAS_X_SCALE:
+        row_of_x = gl.arange(0, COLUMNS, gl.SliceLayout(0, SUMS))
+        y = y * gl.load(x_scale + first + row_of_x, mask=row_of_x < pairs, other=0.0)[None, :]
+    if HAS_BIAS:
+        y = y + gl.load(bias + of_expert + rows, mask=inside, other=0.0)[:, None]
+    if ACTIVATION != "":
+        # Rows g and g + 8 of a tile are in one thread.
+        sides = gl.permute(gl.reshape(y, [ROWS // 16, 2, 8, COLUMNS]), (0, 2, 3, 1))
+        gate, up = gl.split(sides)
+        y = gl.reshape(_activated(gate, up, alpha, limit, ACTIVATION), [ROWS // 2, COLUMNS])
+        n0 = n0 // 2
+    HEIGHT: gl.constexpr = y.shape[0]
+    LANES: gl.constexpr = HEIGHT // 8 if HEIGHT < 128 else 16
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    transposed = gl.convert_layout(gl.permute(y.to(out.dtype.element_ty), (1, 0)), OUT)
+    row = gl.arange(0, COLUMNS, gl.SliceLayout(1, OUT))
+    column = n0 + gl.arange(0, HEIGHT, gl.SliceLayout(0, OUT))
+    to = first + row
+    if ACTIVATION == "":
+        to = gl.load(positions + to, mask=row < pairs, other=0)
+    at = out + to.to(gl.int64)[:, None] * out_stride + column[None, :]
+    gl.store(at, transposed, mask=(row < pairs)[:, None] & (column < columns)[None, :])
+
+
+@gluon.jit
+def _consume(
+    buffers,
+    barriers,
+    pointers,
+    blocks,
+    sizes,
+    out_stride,
+    limits,
+    WARPGROUP: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    REPEATS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    UNITS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FORM: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    HAS_X_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):
+    """One warpgroup: its rows of every tile of this CTA."""
+    columns, tiles, n_tiles, steps, numbers = sizes
+    count = 0
+    for number in range(gl.program_id(0), numbers, gl.num_programs(0)):
+        expert, first, pairs, at_n = _work(blocks, number, n_tiles)
+        place = (expert, first, pairs, at_n, columns, tiles, out_stride)
+        if pairs <= 16 or COLUMNS == 16:
+            _tile(
+                buffers, barriers, pointers, place, steps, count, limits, WARPGROUP, WARPGROUPS, REPEATS, 16, UNITS, STAGES,
+                FORM, TWO_LEVEL, HAS_X_SCALE, HAS_BIAS, ACTIVATION,
+            )  # fmt: skip
+        elif pairs <= 32 or COLUMNS == 32:
+            _tile(
+                buffers, barriers, pointers, place, steps, count, limits, WARPGROUP, WARPGROUPS, REPEATS, 32, UNITS, STAGES,
+                FORM, TWO_LEVEL, HAS_X_SCALE, HAS_BIAS, ACTIVATION,
+            )  # fmt: skip
+        else:
+            _tile(
+                buffers, barriers, pointers, place, steps, count, limits, WARPGROUP, WARPGROUPS, REPEATS, COLUMNS, UNITS,
+                STAGES, FORM, TWO_LEVEL, HAS_X_SCALE, HAS_BIAS, ACTIVATION,
+            )  # fmt: skip
+        count += steps
+
+
+@gluon.jit(do_not_specialize=["columns", "tiles", "n_tiles", "steps"])
+def _kernel(
+    x_tiles,
+    words,
+    scales,
+    out,
+    row_scale,
+    x_scale,
+    bias,
+    positions,
+    blocks,
+    columns,
+    tiles,
+    n_tiles,
+    steps,
+    out_stride,
+    alpha,
+    limit,
+    REPEATS: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    UNITS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FORM: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    HAS_X_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    x_buffer = gl.allocate_shared_memory(x_tiles.dtype, [STAGES] + x_tiles.block_type.shape, x_tiles.layout)
+    words_buffer = gl.allocate_shared_memory(words.dtype, [STAGES] + words.block_type.shape, words.layout)
+    scales_buffer = gl.allocate_shared_memory(scales.dtype, [STAGES] + scales.block_type.shape, scales.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=WARPGROUPS)
+    hopper.fence_async_shared()
+    buffers = (x_buffer, words_buffer, scales_buffer)
+    barriers = (full, empty)
+    pointers = (out, row_scale, x_scale, bias, positions)
+    limits = (alpha, limit)
+    # How many blocks there are is in the first one.
+    sizes = (columns, tiles, n_tiles, steps, gl.load(blocks + 3) * n_tiles)
+    load = ((x_tiles, words, scales), buffers, barriers, blocks, sizes, STAGES)
+    if WARPGROUPS == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        buffers,
+                        barriers,
+                        pointers,
+                        blocks,
+                        sizes,
+                        out_stride,
+                        limits,
+                        0,
+                        WARPGROUPS,
+                        REPEATS,
+                        COLUMNS,
+                        UNITS,
+                        STAGES,
+                        FORM,
+                        TWO_LEVEL,
+                        HAS_X_SCALE,
+                        HAS_BIAS,
+                        ACTIVATION,
+                    ),
+                ),
+                (_produce, load),
+            ],
+            [1],
+            [24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        buffers,
+                        barriers,
+                        pointers,
+                        blocks,
+                        sizes,
+                        out_stride,
+                        limits,
+                        0,
+                        WARPGROUPS,
+                        REPEATS,
+                        COLUMNS,
+                        UNITS,
+                        STAGES,
+                        FORM,
+                        TWO_LEVEL,
+                        HAS_X_SCALE,
+                        HAS_BIAS,
+                        ACTIVATION,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        buffers,
+                        barriers,
+                        pointers,
+                        blocks,
+                        sizes,
+                        out_stride,
+                        limits,
+                        1,
+                        WARPGROUPS,
+                        REPEATS,
+                        COLUMNS,
+                        UNITS,
+                        STAGES,
+                        FORM,
+                        TWO_LEVEL,
+                        HAS_X_SCALE,
+                        HAS_BIAS,
+                        ACTIVATION,
+                    ),
+                ),
+                (_produce, load),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
