@@ -65,6 +65,11 @@ class MoeConfig:
             raise ValueError(f"{self.first} and {self.second} have no blocks in common")
 
     @property
+    def is_wide(self) -> bool:
+        """Whether `grouped_prefill` computes the products."""
+        return isinstance(self.first, PrefillConfig)
+
+    @property
     def block(self) -> int:
         """The most pairs of a block."""
         return _block(self.first)
@@ -118,7 +123,7 @@ def workspace(
     fp8: for w4a8. Raises ValueError for a configuration that cannot compute that.
     """
     device, pairs = layer.first.words.device, m * topk
-    wide = isinstance(config.first, PrefillConfig)
+    wide = config.is_wide
     if fp8 and not wide:
         raise ValueError("w4a8 is computed by grouped_prefill alone")
     most = routing.most_blocks(pairs, layer.experts, config.block)
@@ -167,12 +172,15 @@ def phases(
     space: Workspace,
     config: MoeConfig,
     pdl: bool = False,
-) -> Mapping[str, Callable[[], None]]:
-    """The launches of `run` by name, in their order; the activation is part of "gemm1". Each may be called again and again."""
+) -> Mapping[str, Callable[[], torch.Tensor | None]]:
+    """The launches of `run` by name, in their order; the activation is part of "gemm1". Each may be called again and again.
+
+    The last one returns out.
+    """
     m, topk = ids.shape
     if x.shape != (m, layer.hidden) or out.shape != x.shape or out.dtype != x.dtype or x.dtype != space.hidden.dtype:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype} do not fit {m} tokens")
-    if isinstance(config.first, PrefillConfig):
+    if config.is_wide:
         middle = _wide_phases(x, topk, layer, space, config)
     else:
         middle = _narrow_phases(x, topk, layer, space, config, pdl)

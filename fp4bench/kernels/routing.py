@@ -100,21 +100,22 @@ def gather(
 
 def combine(
     slots: torch.Tensor, ids: torch.Tensor, experts: int, weights: torch.Tensor, out: torch.Tensor, *, pdl: bool = False
-) -> None:
+) -> torch.Tensor:
     """out[token] = the sum over slots j, in their order, of weights[token, j] * slots[token, j], in float32, rounded once.
 
     slots: any float (m, topk, n), contiguous. weights: float32 (m, topk), contiguous. out: (m, n), the last axis contiguous.
-    Slots whose choice in `ids` is outside of 0 .. experts - 1 do not count, and are not read.
+    Slots whose choice in `ids` is outside of 0 .. experts - 1 do not count, and are not read. Returns out.
     """
     m, topk, n = slots.shape
     if out.shape != (m, n) or weights.shape != (m, topk) or ids.shape != (m, topk) or weights.dtype != torch.float32:
         raise ValueError(f"{tuple(slots.shape)} slots, {tuple(weights.shape)} {weights.dtype} weights, out {tuple(out.shape)}")
     if m == 0:
-        return
+        return out
     columns = min(_COLUMNS, triton.next_power_of_2(n))
     _combine[(m, ceil(n / columns))](
         slots, ids, weights, out, n, experts, out.stride(0), TOPK=topk, COLUMNS=columns, PDL=pdl, num_warps=4, **_launch(pdl)
     )
+    return out
 
 
 def _launch(pdl: bool) -> dict[str, bool]:
