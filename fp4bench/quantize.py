@@ -160,6 +160,41 @@ def decode_fp8_rows(q: RowQuantized) -> torch.Tensor:
     return q.values.float() * q.scales
 
 
+@dataclass(frozen=True, eq=False)
+class TileQuantized:
+    """FP8 with a scale a tile: values float8_e4m3fn (rows, k), scales float32 (tiles along rows, tiles along k).
+
+    tile: its rows and columns; the last ones may be smaller.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    tile: tuple[int, int]
+
+
+def quantize_fp8_tiles(x: torch.Tensor, rows: int | None, columns: int | None) -> TileQuantized:
+    """Each tile to E4M3 by its own scale amax / 448. float (any, k) -> TileQuantized.
+
+    rows, columns: of a tile; None for all. (None, None) is the scaling by tensors, (1, None) that of `quantize_fp8_rows`.
+    """
+    tile = max(1, rows or x.shape[0]), max(1, columns or x.shape[1])
+    tiles = pad(x.float(), (0, -x.shape[1] % tile[1], 0, -x.shape[0] % tile[0]))
+    tiles = tiles.unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0]))  # (row tiles, rows, column tiles, columns)
+    amax = (
+        tiles.abs().amax(dim=(1, 3), keepdim=True) if tiles.numel() else tiles.new_zeros(tiles.shape[0], 1, tiles.shape[2], 1)
+    )
+    tile_scales = (amax / torch.full_like(amax, scales.E4M3_MAX)).clamp(min=torch.finfo(torch.float32).tiny)
+    values = scales.e4m3_encode(tiles / tile_scales).flatten(2, 3).flatten(0, 1)[: x.shape[0], : x.shape[1]]
+    return TileQuantized(values.contiguous(), tile_scales[:, 0, :, 0], tile)
+
+
+def decode_fp8_tiles(q: TileQuantized, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Values of `quantize_fp8_tiles`. -> dtype (rows, k), computed in it."""
+    rows, columns = q.tile
+    by_value = q.scales.to(dtype).repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
+    return q.values.to(dtype) * by_value[: q.values.shape[0], : q.values.shape[1]]
+
+
 def check_arguments(
     x: torch.Tensor,
     format: BlockFormat,

@@ -3,7 +3,7 @@
 Plain and slow on purpose. Never imports kernels or providers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import lcm
 
@@ -12,9 +12,13 @@ from torch.nn.functional import pad, silu
 
 from fp4bench.formats import BlockFormat, ScaleRule, scales
 from fp4bench.hadamard import hadamard_matrix
-from fp4bench.quantize import Quantized, RowQuantized, decode
+from fp4bench.models import SILU, Activation
+from fp4bench.quantize import Quantized, RowQuantized, TileQuantized, decode, decode_fp8_tiles
 
-Operand = torch.Tensor | Quantized | RowQuantized
+Operand = torch.Tensor | Quantized | RowQuantized | TileQuantized
+
+Weight = Callable[[int], Operand]
+"""The weight or bias of an expert by its number."""
 
 
 def values(operand: Operand) -> torch.Tensor:
@@ -23,6 +27,8 @@ def values(operand: Operand) -> torch.Tensor:
         return decode(operand, torch.float64)
     if isinstance(operand, RowQuantized):
         return operand.values.double() * operand.scales.double()
+    if isinstance(operand, TileQuantized):
+        return decode_fp8_tiles(operand, torch.float64)
     return operand.double()
 
 
@@ -52,18 +58,58 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return silu(gate) * up
 
 
-def moe(x: Operand, gate_up: Sequence[Operand], down: Sequence[Operand], routing: Routing) -> torch.Tensor:
-    """The sum over a token's experts e of weight * silu_and_mul(x @ gate_up[e].T) @ down[e].T, expert by expert.
+def activate(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """What experts do between their products, by `Activation`. (..., 2 * intermediate) -> (..., intermediate)."""
+    if activation.name == "silu":
+        return silu_and_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=activation.limit), up.clamp(min=-(activation.limit or torch.inf), max=activation.limit)
+    return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
 
-    x (m, hidden), gate_up[e] (2 * intermediate, hidden), down[e] (hidden, intermediate) -> float64 (m, hidden).
+
+def grouped_gemm(
+    rows: torch.Tensor, experts: torch.Tensor, weight: Weight, bias: Weight | None = None, squares: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, ...]:
+    """Each row times the weight of its expert, plus its bias; weights of experts without rows are not asked for.
+
+    rows: float64 (pairs, k). experts: int (pairs). weight: of an expert, (n, k); bias: (n).
+    squares: float64 (pairs, k) each; these times the squared weights, (pairs, n) each, follow the products (pairs, n).
     """
-    tokens_in = values(x)
-    y = torch.zeros_like(tokens_in)
-    for expert, (w1, w2) in enumerate(zip(gate_up, down, strict=True)):
-        tokens, slots = (routing.ids == expert).nonzero(as_tuple=True)
-        hidden = silu_and_mul(gemm(tokens_in[tokens], w1))
-        y[tokens] += routing.weights[tokens, slots, None] * gemm(hidden, w2)
-    return y
+    found: list[torch.Tensor] = []
+    for expert in experts.unique().tolist():
+        at = (experts == expert).nonzero()[:, 0]
+        w = values(weight(expert))
+        products = [rows[at] @ w.T, *(square[at] @ w.square().T for square in squares)]
+        if bias is not None:
+            products[0] += values(bias(expert))
+        found = found or [p.new_empty(len(rows), p.shape[1]) for p in products]
+        for whole, part in zip(found, products, strict=True):
+            whole[at] = part
+    return tuple(found)
+
+
+def moe(
+    x: Operand,
+    gate_up: Weight,
+    down: Weight,
+    routing: Routing,
+    activation: Activation = SILU,
+    between: Callable[[torch.Tensor], Operand] = values,
+    gate_up_bias: Weight | None = None,
+    down_bias: Weight | None = None,
+) -> torch.Tensor:
+    """The sum over a token's experts e of weight * (between(act(x @ gate_up(e).T + bias)) @ down(e).T + bias).
+
+    x (m, hidden), gate_up(e) (2 * intermediate, hidden), down(e) (hidden, intermediate) -> float64 (m, hidden).
+    between: what becomes of the intermediate, (pairs, intermediate), a token's slots one below the other: its quantization.
+    """
+    m, topk = routing.ids.shape
+    rows, experts = values(x).repeat_interleave(topk, dim=0), routing.ids.flatten()
+    if not m:
+        return values(x).clone()
+    (sums,) = grouped_gemm(rows, experts, gate_up, gate_up_bias)
+    (out,) = grouped_gemm(values(between(activate(sums, activation))), experts, down, down_bias)
+    return (routing.weights.double()[..., None] * out.unflatten(0, (m, topk))).sum(dim=1)
 
 
 @dataclass(frozen=True, eq=False)

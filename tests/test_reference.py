@@ -1,14 +1,20 @@
 """The reference itself, against numpy, a dense MoE written another way, and blocks worked out by hand."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import linear, silu
 
 from fp4bench.formats import FORMATS, MXFP4, NVFP4, ScaleRule
+from fp4bench.models import SILU, Activation
+from fp4bench.problems import BF16, MoeProblem
 from fp4bench.quantize import decode, quantize, quantize_fp8_rows
 from fp4bench.reference import Routing, gemm, moe, quantize_by_formula, route, silu_and_mul, values
+
+ACTIVATIONS = {"silu": SILU, "swiglu": Activation("swiglu", alpha=1.702, limit=7.0)}
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -96,7 +102,7 @@ def moe_inputs(m, experts=8, hidden=24, intermediate=12):
 def test_moe_is_the_dense_one(m, topk):
     x, gate_up, down, logits = moe_inputs(m)
     routing = route(logits, topk)
-    y = moe(x, list(gate_up), list(down), routing)
+    y = moe(x, gate_up.__getitem__, down.__getitem__, routing)
     assert (y.shape, y.dtype) == ((m, 24), torch.float64)
     torch.testing.assert_close(y, dense_moe(x, gate_up, down, routing), rtol=1e-12, atol=1e-12)
 
@@ -105,24 +111,24 @@ def test_moe_is_the_dense_one(m, topk):
 def test_moe_with_all_tokens_on_one_expert_is_that_expert(expert):
     x, gate_up, down, _ = moe_inputs(16)
     routing = Routing(torch.full((16, 1), expert), torch.ones(16, 1, dtype=torch.float64))
-    y = moe(x, list(gate_up), list(down), routing)
+    y = moe(x, gate_up.__getitem__, down.__getitem__, routing)
     torch.testing.assert_close(y, gemm(silu_and_mul(gemm(x, gate_up[expert])), down[expert]), rtol=1e-12, atol=1e-12)
 
 
 def test_moe_experts_without_tokens_do_not_count():
     x, gate_up, down, _ = moe_inputs(16)
     routing = route(torch.tensor([[0.0, 1.0] + [-9.0] * 6] * 16), 2)
-    y = moe(x, list(gate_up), list(down), routing)
+    y = moe(x, gate_up.__getitem__, down.__getitem__, routing)
     gate_up[2:], down[2:] = torch.nan, torch.nan
-    assert torch.equal(moe(x, list(gate_up), list(down), routing), y)
+    assert torch.equal(moe(x, gate_up.__getitem__, down.__getitem__, routing), y)
     assert y.isfinite().all()
 
 
 def test_moe_permutes_with_its_tokens():
     x, gate_up, down, logits = moe_inputs(33)
     order = torch.randperm(33, generator=torch.Generator().manual_seed(4))
-    y = moe(x, list(gate_up), list(down), route(logits, 2))
-    permuted = moe(x[order], list(gate_up), list(down), route(logits[order], 2))
+    y = moe(x, gate_up.__getitem__, down.__getitem__, route(logits, 2))
+    permuted = moe(x[order], gate_up.__getitem__, down.__getitem__, route(logits[order], 2))
     torch.testing.assert_close(permuted, y[order], rtol=1e-12, atol=1e-12)
 
 
@@ -132,13 +138,51 @@ def test_moe_takes_quantized_experts(fmt):
     packed = [[quantize(w.float(), fmt) for w in stack] for stack in (gate_up, down)]
     decoded = [torch.stack([decode(q, torch.float64) for q in stack]) for stack in packed]
     routing = route(logits, 2)
-    torch.testing.assert_close(moe(x, *packed, routing), dense_moe(x, *decoded, routing), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        moe(x, *(stack.__getitem__ for stack in packed), routing), dense_moe(x, *decoded, routing), rtol=1e-12, atol=1e-12
+    )
 
 
-def test_moe_refuses_unequal_numbers_of_experts():
-    x, gate_up, down, logits = moe_inputs(2)
-    with pytest.raises(ValueError, match="shorter"):
-        moe(x, list(gate_up), list(down[:7]), route(logits, 2))
+def test_moe_of_no_tokens_is_empty():
+    _, gate_up, down, _ = moe_inputs(1)
+    nothing = Routing(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.float64))
+    assert moe(torch.zeros(0, 24), gate_up.__getitem__, down.__getitem__, nothing).shape == (0, 24)
+
+
+@pytest.mark.parametrize("name", ["silu", "swiglu"])
+def test_moe_is_what_torch_computes_in_bfloat16(name):
+    """A plain layer in torch's own bfloat16 operators, token by token, with biases; weights as they come."""
+    problem = MoeProblem("t", "experts", 1, 17, 48, 40, 8, 3, BF16, activation=ACTIVATIONS[name], bias=name == "swiglu")
+    inputs = problem.inputs(seed=5)
+    w, ids, weights = inputs.weights, inputs.topk_ids, inputs.topk_weights
+    plain = torch.zeros(17, 48)
+    for token, slot in product(range(17), range(3)):
+        expert = int(ids[token, slot])
+        gate, up = linear(inputs.x[token], w.w13(expert), w.b13(expert)).chunk(2)
+        if name == "silu":
+            hidden = silu(gate) * up
+        else:
+            gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+            hidden = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        plain[token] += weights[token, slot] * linear(hidden, w.w2(expert), w.b2(expert)).float()
+    biases = (w.b13, w.b2) if problem.bias else (None, None)
+    y = moe(inputs.x, w.w13, w.w2, Routing(ids, weights), problem.activation, values, *biases)
+    assert (plain.double() - y).norm() / y.norm() < 0.01  # bfloat16 rounds by up to 2**-8 = 0.004, a few times
+    assert y.norm() / 17**0.5 / 48**0.5 > 0.1
+
+
+def test_what_is_between_the_products_is_quantized_as_one_matrix():
+    x, gate_up, down, logits = moe_inputs(9, hidden=64, intermediate=32)
+    seen = []
+
+    def between(hidden):
+        seen.append(hidden)
+        return quantize(hidden.float(), FORMATS["nvfp4"])
+
+    y = moe(x, gate_up.__getitem__, down.__getitem__, route(logits, 2), between=between)
+    assert [hidden.shape for hidden in seen] == [(18, 32)]
+    exact = dense_moe(x, gate_up, down, route(logits, 2))
+    assert 0.02 < (y - exact).norm() / exact.norm() < 0.2  # the error of four bits
 
 
 def test_route_picks_the_largest_logits():

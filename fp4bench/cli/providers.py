@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 # A layer and batch size that are multiples of every block, so that what is refused is the device or the mode, not the shape.
 _MODEL, _LAYER, _TP, _M, _N, _K = "sample", "qkv", 1, 64, 4096, 4096
 _HADAMARD = 64
+# Experts likewise: those of Mixtral-8x7B at TP 2.
+_MOE_MODEL, _MOE_TP = "mixtral-8x7b", 2
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "providers",
         help="each provider: its version, what it computes, and why not here",
-        description=f"Asks each provider about every mode, format and scale rule it has, for n = {_N}, k = {_K} and m = {_M}: "
-        "a table of all, then each with its reasons. Other shapes may have reasons of their own; a run shows them as skipped "
-        "cases.",
+        description=f"Asks each provider about every mode, format and scale rule it has, for n = {_N}, k = {_K} and m = {_M}, "
+        f"and for the experts of {_MOE_MODEL} at TP {_MOE_TP}: a table of all, then each with its reasons. Other shapes may have "
+        "reasons of their own; a run shows them as skipped cases.",
     )
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>")
     parser.set_defaults(run=run)
@@ -82,11 +84,14 @@ def _kept(provider: Provider, device: Device) -> tuple[dict[str, list[str]], int
 
 def describe(provider: Provider, device: Device) -> list[str]:
     """A provider as text: name and version, what it declares, and each reason on this device with the work it prevents."""
+    from fp4bench.providers import modes_of
+
     rules = [f"{name}: {', '.join(map(str, rules))}" for name, rules in provider.rules.items()]
     lines = [
         f"{provider.name} {provider.version or '(not installed)'}",
         f"  operations   {', '.join(provider.ops)}",
         f"  modes        {', '.join(provider.modes) or '-'}",
+        *([f"  moe modes    {', '.join(modes_of(provider, 'moe'))}"] if "moe" in provider.ops else []),
         *(f"  {'scale rules' if i == 0 else '':<11}  {rule}" for i, rule in enumerate(rules or ["-"])),
     ]
     kept, asked = _kept(provider, device)
@@ -103,6 +108,8 @@ def _samples(provider: Provider) -> Iterator[tuple[str, Problem]]:
         yield from _gemms(provider)
     if "quantize" in provider.ops:
         yield from _quantizations(provider)
+    if "moe" in provider.ops:
+        yield from _moes(provider)
 
 
 def _gemms(provider: Provider) -> Iterator[tuple[str, Problem]]:
@@ -126,6 +133,25 @@ def _quantizations(provider: Provider) -> Iterator[tuple[str, Problem]]:
             for hadamard in (None, _HADAMARD):
                 name = f"quantize {fmt} {rule}" + (f" had{hadamard}" if hadamard else "")
                 yield name, QuantizeProblem(_MODEL, _LAYER, _TP, _M, _K, fmt, rule, hadamard)
+
+
+def _moes(provider: Provider) -> Iterator[tuple[str, Problem]]:
+    from fp4bench.formats import FORMATS
+    from fp4bench.models import get_model, rank_experts
+    from fp4bench.problems import FP8_SCALINGS, MODES, MoeProblem
+    from fp4bench.providers import modes_of
+
+    model = get_model(_MOE_MODEL)
+    experts = rank_experts(model, _MOE_TP)
+    assert experts is not None
+    sizes = (_MOE_TP, _M, model.hidden, experts.intermediate, experts.count, experts.topk)
+    for mode in (MODES[name] for name in MODES if name in modes_of(provider, "moe")):
+        formats: Iterable[Any] = _known_formats(provider, FORMATS) if mode.weights == "fp4" else (None,)
+        scalings: Iterable[Any] = FP8_SCALINGS.values() if mode.weights == "fp8" else (None,)
+        for fmt in formats:
+            for scaling in scalings:
+                name = " ".join(str(part) for part in ("moe", mode, fmt, scaling) if part)
+                yield name, MoeProblem(_MOE_MODEL, "experts", *sizes, mode, fmt, fp8=scaling)
 
 
 def _known_formats(provider: Provider, formats: dict[str, Any]) -> list[Any]:

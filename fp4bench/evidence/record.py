@@ -19,9 +19,11 @@ FORMAT = 3
 # What was computed, who computed it, what came out, and the state it was timed in.
 KEYS = (
     *("case_id", "op", "format", "mode", "provider", "provider_version", "model", "layer", "tp", "m", "n", "k"),
-    *("hadamard", "experts", "topk", "scale_rule", "flops", "bytes"),
+    *("hadamard", "experts", "topk", "experts_hit", "most_tokens", "routing", "fp8_scaling", "activation"),
+    *("scale_rule", "flops", "bytes"),
     *("tflops", "tflops_p20", "tflops_p80", "gbps", "roofline_fraction", "speedup_vs_bf16", "error", "exact"),
     *("clock", "l2", "copies", "pace", "gap_s", "seconds_q10", "seconds_q25", "seconds_q75", "seconds_q90", "event_seconds"),
+    *("eager_seconds", "launch_seconds", "phases"),
     *("cycles", "cycles_q25", "cycles_q75", "sm_mhz", "sm_mhz_min"),
     *("throttle_reasons", "power_w", "temperature_c", "samples", "calls_per_sample", "kernels", "skipped", "injected"),
 )
@@ -86,19 +88,19 @@ def _check_samples(name: str, values: Sequence[float], expected: int) -> None:
 
 
 def add_speedups(records: Iterable[dict[str, Any]], medians: Mapping[str, float]) -> None:
-    """Fill `speedup_vs_bf16` of each GEMM whose layer and batch size this run timed in BF16 too, over the fastest BF16.
+    """Fill `speedup_vs_bf16` of each product whose layer, batch size and routing this run timed in BF16 too, over the fastest.
 
     medians: seconds by case id.
     """
     records = list(records)
-    shape = ("op", "model", "layer", "tp", "m")
+    shape = ("op", "model", "layer", "tp", "m", "routing")
     bf16: dict[tuple[Any, ...], float] = {}
     for record in records:
         if record["mode"] == "bf16":
-            at = tuple(record[key] for key in shape)
+            at = tuple(record.get(key) for key in shape)
             bf16[at] = min(medians[record["case_id"]], bf16.get(at, float("inf")))
     for record in records:
-        base = bf16.get(tuple(record[key] for key in shape))
+        base = bf16.get(tuple(record.get(key) for key in shape))
         if base is not None:
             record["speedup_vs_bf16"] = base / medians[record["case_id"]]
 

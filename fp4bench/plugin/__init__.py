@@ -22,7 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cases(op): run the test once for each selected case of an operation (gemm, quantize)")
+    config.addinivalue_line(
+        "markers", "cases(op): run the test once for each selected case of an operation: gemm, quantize, moe"
+    )
     config.addinivalue_line("markers", "floor(share): the smallest slowdown of the test's cases that fails, such as 0.03")
     if not config.getini("fp4bench_baselines") or not config.pluginmanager.hasplugin("benchmark"):
         return

@@ -11,11 +11,23 @@ if TYPE_CHECKING:
 
 def covers(selection: Selection, record: Mapping[str, Any]) -> bool:
     """Whether `selection` asks for what a record is of, whatever its provider."""
+    if record["op"] == "moe":
+        return _covers_moe(selection, record)
     return (
         any(_is_of(record, shard) for shard in selection.shards)
         and record["m"] in selection.batch_sizes
         and _has_mode(selection, record)
         and (record["hadamard"] in selection.had_sizes or not _rotatable(selection, record))
+    )
+
+
+def _covers_moe(selection: Selection, record: Mapping[str, Any]) -> bool:
+    return (
+        any((record["model"], record["tp"]) == (shard.model.name, shard.tp) for shard in selection.moe_shards)
+        and record["m"] in selection.moe_batch_sizes
+        and record["routing"] in map(str, selection.routings)
+        and record["fp8_scaling"] in (None, *map(str, selection.fp8_scalings))
+        and _has_mode(selection, record)
     )
 
 

@@ -15,10 +15,15 @@ SELECTION = {
     "tp-sizes": "tensor parallel sizes",
     "batch-sizes": "batch sizes, the m of a GEMM",
     "had-sizes": "Hadamard sizes of the rotation before quantization: none, 16, 32, 64, 128",
-    "limit-k": "only layers with these k",
-    "limit-n": "only layers with these n",
+    "limit-k": "only layers with these k; the hidden size of MoE layers",
+    "limit-n": "only layers with these n; the intermediate size of MoE layers",
+    "limit-num-groups": "only MoE layers with so many experts",
+    "routing": "how tokens choose experts: uniform, zipf, one_hot, balanced, or paths of recorded ones (.json)",
+    "per-act-token": "whether a row of activations has an FP8 scale, in mode fp8 of MoE layers: no, yes",
+    "per-out-ch": "whether a row of weights has one: no, yes",
+    "fp8-blocks": "FP8 scales by blocks instead: none, 128",
     "formats": "FP4 formats: mxfp4, nvfp4",
-    "modes": "GEMM modes: bf16, fp8, w4a16, w4a8, w4a4, w4a4_noquant",
+    "modes": "modes: bf16, fp8, w4a16, w4a8, w4a4, w4a4_noquant",
     "providers": "providers",
 }
 
@@ -34,6 +39,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--case-timeout", type=float, default=120.0, metavar="SECONDS", help="give a case up that takes longer (default 120)"
     )
+    group.addoption("--nvtx", action="store_true", help="mark each case and its parts by NVTX ranges, for a profiler")
     group.addoption("--resume", action="store_true", help="go on with the newest run that was cut off: finished cases stay")
     group = parser.getgroup("fp4bench-gate", "fp4bench: what --benchmark-compare decides")
     group.addoption(

@@ -28,6 +28,7 @@ class HowToTime:
     warm: bool
     timeout_seconds: float
     slowdowns: Mapping[str, float]
+    nvtx: bool = False
 
 
 @dataclass
@@ -64,7 +65,8 @@ class Run:
 
     def start(self) -> None:
         """Start the worker process, without waiting for it."""
-        self._worker = Worker("fp4bench.workers.measure:Measurer", self.how.device, self.how.pace, self.how.warm)
+        how = self.how
+        self._worker = Worker("fp4bench.workers.measure:Measurer", how.device, how.pace, how.warm, how.nvtx)
 
     def check(self, case: Case) -> None:
         """Compare a case's output with its reference. Raises WorkerError."""

@@ -118,7 +118,7 @@ class Suite:
 
         option = self.config.option
         pace = "sustained" if option.sustained else "paced"
-        how = HowToTime(self.device.torch_name, pace, option.warm, option.case_timeout, self.slowdowns)
+        how = HowToTime(self.device.torch_name, pace, option.warm, option.case_timeout, self.slowdowns, option.nvtx)
         return Run(how, self.runs / "unfinished", self._journal_header(pace), lambda: self.progress.show(), self._started)
 
     @cached_property
@@ -176,7 +176,12 @@ class Suite:
             if self.broken:
                 raise self.broken
             if self.ops and not self.tally.generated:
-                raise ValueError("nothing to run: no selected provider has a selected mode and format")
+                from fp4bench.cases import why_nothing
+
+                raise ValueError(f"nothing to run: {why_nothing(self.ops, self.selection)}")
+            if "moe" in self.ops and not self.selection.moe_shards:
+                # Models without experts are no reason to report a skipped test in each run.
+                items[:] = [item for item in items if not _is_for(item, "moe")]
             for item in items:
                 options.check_floor(item)
         except ValueError as error:
@@ -425,6 +430,12 @@ class Suite:
             "wall_s": round(self.run.seconds, 1),
             "accepted": None,
         }
+
+
+def _is_for(item: pytest.Item, op: str) -> bool:
+    """Whether a test is that of an operation's cases."""
+    marker = item.get_closest_marker("cases")
+    return marker is not None and marker.args[0] == op
 
 
 def _told(error: Any) -> str:

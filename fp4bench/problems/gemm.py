@@ -27,6 +27,7 @@ class GemmProblem:
     """One linear layer at one batch size. `format` is None in the modes without FP4 weights."""
 
     op: ClassVar[str] = "gemm"
+    copies_agree: ClassVar[bool] = True  # copies of the inputs have the same output
 
     model: str
     layer: str

@@ -57,11 +57,21 @@ class Fp8Scaling:
     activations: str
     weights: str
 
+    @property
+    def activation_tile(self) -> tuple[int | None, int | None]:
+        """Rows and columns that share a scale, as `fp4bench.quantize.quantize_fp8_tiles` takes them."""
+        return {"tensor": (None, None), "token": (1, None), "block": (1, BLOCK)}[self.activations]
+
+    @property
+    def weight_tile(self) -> tuple[int | None, int | None]:
+        """Likewise, of a weight (n, k)."""
+        return {"tensor": (None, None), "channel": (1, None), "block": (BLOCK, BLOCK)}[self.weights]
+
     def __str__(self) -> str:
         return self.name
 
 
-BLOCK = 128  # values along each axis that share a scale in the scaling by blocks, that of DeepSeek-V3's weights
+BLOCK = 128  # values along an axis that share a scale in the scaling by blocks, that of DeepSeek-V3
 
 PER_TENSOR = Fp8Scaling("tensor", "tensor", "tensor")
 PER_TOKEN = Fp8Scaling("token", "token", "tensor")

@@ -9,7 +9,7 @@ import torch
 
 from fp4bench.formats import BlockFormat
 from fp4bench.models import SILU, Activation
-from fp4bench.problems.modes import BLOCK, Fp8Scaling, Mode
+from fp4bench.problems.modes import Fp8Scaling, Mode
 from fp4bench.problems.operands import fp4_bytes, join_case_id, normal
 from fp4bench.problems.routing import UNIFORM, Choices, Routing
 
@@ -32,6 +32,7 @@ class MoeProblem:
     """
 
     op: ClassVar[str] = "moe"
+    copies_agree: ClassVar[bool] = False  # each has choices of its own
     hadamard: ClassVar[None] = None
 
     model: str
@@ -155,8 +156,8 @@ class MoeProblem:
         if self.fp8 is None:
             assert self.format is not None
             return fp4_bytes(rows, k, self.format)
-        scales = {"tensor": 1, "channel": rows, "block": -(-rows // BLOCK) * -(-k // BLOCK)}[self.fp8.weights]
-        return rows * k + 4 * scales
+        tile_rows, tile_columns = self.fp8.weight_tile
+        return rows * k + 4 * -(-rows // (tile_rows or rows)) * -(-k // (tile_columns or k))  # a float32 scale each
 
 
 _X, _W13, _W2, _B13, _B2 = range(5)

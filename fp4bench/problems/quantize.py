@@ -14,6 +14,7 @@ class QuantizeProblem:
     """Quantization of the activations that enter a layer. The layer names its k; n plays no part."""
 
     op: ClassVar[str] = "quantize"
+    copies_agree: ClassVar[bool] = True  # copies of the inputs have the same output
 
     model: str
     layer: str

@@ -14,10 +14,28 @@ from typing import Any, Protocol
 
 from fp4bench.devices import Device
 from fp4bench.formats import ScaleRule
-from fp4bench.problems import GemmProblem, Problem, QuantizeProblem
+from fp4bench.problems import MoeProblem, Problem, QuantizeProblem
 
 Runner = Callable[[], Any]
 """Computes the problem once on fixed buffers, without arguments; safe to capture in a CUDA graph."""
+
+
+class Phased:
+    """A runner of several parts, by name in their order: a call is all of them, and returns what the last one does.
+
+    Each part may also be called alone, any number of times, after a call of the whole: it finds what the parts before it left
+    in buffers.
+    """
+
+    def __init__(self, phases: Mapping[str, Runner]) -> None:
+        self.phases = phases
+
+    def __call__(self) -> Any:
+        result = None
+        for phase in self.phases.values():
+            result = phase()
+        return result
+
 
 GROUP = "fp4bench.providers"
 
@@ -45,12 +63,15 @@ class Provider(Protocol):
 
     name: its part of a case id, in lower-case letters, digits and underscores.
     version: of the library behind it, or None where that is not installed.
-    ops: the problems it computes: "gemm", "quantize".
+    ops: the problems it computes: "gemm", "quantize", "moe".
     modes: names of the GEMM modes it has (`fp4bench.problems.MODES`).
-    rules: by format name, the scale rules it implements; the first one is that of its GEMMs.
+    rules: by format name, the scale rules it implements; the first one is that of its GEMMs and MoE layers.
 
-    It may also have `accumulation(problem, device) -> Accumulation | None`: how it adds up a GEMM's products where that is less
-    exact than the mode allows, which is what its outputs are checked for.
+    It may also have
+    moe_modes: names of the modes of its MoE layers, where they are not `modes`.
+    accumulation(problem, device) -> Accumulation | None: how it adds up products where that is less exact than the mode allows,
+    which is what its outputs are checked for.
+    The runner of a MoE layer may have `phases`, as `Phased` has: they are timed one by one too.
     """
 
     name: str
@@ -94,11 +115,16 @@ def why_not(provider: Provider, problem: Problem, device: Device) -> str | None:
         return f"{provider.name} has no {problem.op}"
     if problem.format is not None and problem.format.name not in provider.rules:
         return f"{provider.name} has no format {problem.format}"
-    if isinstance(problem, GemmProblem) and problem.mode.name not in provider.modes:
-        return f"{provider.name} has no mode {problem.mode}"
+    if not isinstance(problem, QuantizeProblem) and problem.mode.name not in modes_of(provider, problem.op):
+        return f"{provider.name} has no mode {problem.mode}" + (" of MoE layers" if isinstance(problem, MoeProblem) else "")
     if isinstance(problem, QuantizeProblem) and problem.rule not in provider.rules[problem.format.name]:
         return f"{provider.name} has no scale rule {problem.rule}"
     return provider.why_not(problem, device)
+
+
+def modes_of(provider: Provider, op: str) -> Iterable[str]:
+    """Names of the modes that a provider has of an operation, "gemm" or "moe"."""
+    return getattr(provider, "moe_modes", provider.modes) if op == "moe" else provider.modes
 
 
 def import_optional(module: str) -> ModuleType | None:

@@ -8,8 +8,9 @@ import torch
 from fp4bench import __version__
 from fp4bench.devices import Device
 from fp4bench.formats import FORMATS
-from fp4bench.problems import GemmInputs, GemmProblem, Problem, QuantizeProblem
+from fp4bench.problems import GemmInputs, GemmProblem, MoeProblem, Problem, QuantizeProblem
 from fp4bench.providers import Runner
+from fp4bench.providers.eager_moe import prepare_moe
 from fp4bench.quantize import Quantized, RowQuantized, decode, decode_fp8_rows, quantize, quantize_fp8_rows
 
 Operand = torch.Tensor | Quantized | RowQuantized
@@ -20,8 +21,9 @@ class EagerProvider:
 
     name = "eager"
     version = __version__
-    ops = ("quantize", "gemm")
+    ops = ("quantize", "gemm", "moe")
     modes = ("w4a16", "w4a8", "w4a4", "w4a4_noquant")
+    moe_modes = ("w4a16", "w4a8", "w4a4")
     rules = {name: fmt.rules for name, fmt in FORMATS.items()}
 
     def why_not(self, problem: Problem, device: Device) -> str | None:
@@ -30,7 +32,8 @@ class EagerProvider:
     def prepare(self, problem: Problem, inputs: Any) -> Runner:
         if isinstance(problem, QuantizeProblem):
             return lambda: quantize(inputs, problem.format, rule=problem.rule, hadamard=problem.hadamard)
-        assert isinstance(problem, GemmProblem)
+        if isinstance(problem, MoeProblem):
+            return prepare_moe(problem, inputs)
         return _gemm(problem, inputs)
 
 

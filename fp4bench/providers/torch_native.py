@@ -7,8 +7,9 @@ import torch
 
 from fp4bench.devices import Device
 from fp4bench.formats import ScaleRule
-from fp4bench.problems import GemmInputs, GemmProblem, Problem
+from fp4bench.problems import GemmInputs, GemmProblem, MoeProblem, Problem
 from fp4bench.providers import Runner
+from fp4bench.providers.torch_moe import prepare_moe, why_not_moe
 from fp4bench.quantize import quantize_fp8_rows
 
 
@@ -17,11 +18,14 @@ class TorchProvider:
 
     name = "torch"
     version: str = torch.__version__
-    ops = ("gemm",)
+    ops = ("gemm", "moe")
     modes = ("bf16", "fp8")
+    moe_modes = ("bf16",)
     rules: Mapping[str, tuple[ScaleRule, ...]] = {}
 
     def why_not(self, problem: Problem, device: Device) -> str | None:
+        if isinstance(problem, MoeProblem):
+            return why_not_moe(problem, device)
         if not isinstance(problem, GemmProblem) or problem.mode.name == "bf16":
             return None
         if not device.has_fp8:
@@ -31,6 +35,8 @@ class TorchProvider:
         return None
 
     def prepare(self, problem: Problem, inputs: Any) -> Runner:
+        if isinstance(problem, MoeProblem):
+            return prepare_moe(problem, inputs)
         assert isinstance(problem, GemmProblem)
         if problem.mode.name == "bf16":
             return lambda: inputs.x @ inputs.w.T

@@ -56,6 +56,13 @@ class Clock(Protocol):
         """
         ...
 
+    def eager_seconds(self, calls: Sequence[Call], bytes_touched: int) -> float | None:
+        """Seconds of a call that the host launches, one behind the other: its launches, where they take longer than its work.
+
+        None where `measure` times just that, or where such calls would find their operands in the L2.
+        """
+        ...
+
 
 def clock_for(device: Device, pace: str = "paced", warm: bool = False, memory: GraphMemory | None = None) -> Clock:
     """The clock of a device. On a CPU there is one pace, and operands are as warm as repeated calls leave them.
@@ -91,6 +98,9 @@ class CpuClock:
         samples = min(self.most, max(self.fewest, int(self.budget_seconds / (count * once))))
         seconds = tuple(self._time(call, count, slowdown) for _ in range(samples))
         return Measurement(seconds, count, self.name, "warm")
+
+    def eager_seconds(self, calls: Sequence[Call], bytes_touched: int = 0) -> None:
+        return None
 
     def _time(self, call: Call, calls: int, slowdown: float) -> float:
         start = perf_counter()

@@ -1,9 +1,10 @@
 """One case from its inputs to its record, in a process of its own: prepare, check, time."""
 
 import gc
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -13,6 +14,7 @@ from fp4bench.cases import Case
 from fp4bench.checking import Agreement, checker
 from fp4bench.devices import find_device
 from fp4bench.evidence.record import make_record
+from fp4bench.problems import MoeProblem
 from fp4bench.timing.canaries import Canary, canaries, canary_clock, ceilings, read
 from fp4bench.timing.clock import Call, Measurement, clock_for
 from fp4bench.timing.graphs import GraphMemory, no_stamps
@@ -73,8 +75,9 @@ class Measurer:
     what stays for good is allocated first, and every case finds the rest empty.
     """
 
-    def __init__(self, device: str, pace: str = "paced", warm: bool = False) -> None:
+    def __init__(self, device: str, pace: str = "paced", warm: bool = False, nvtx: bool = False) -> None:
         self._device = find_device(device)
+        self._nvtx = nvtx and self._device.is_cuda
         # Before this process has a context on the GPU, so that whoever is there is someone else.
         self._telemetry = Telemetry.open(self._device)
         memory = _reserve(self._device.torch_name) if self._device.is_cuda else None
@@ -104,16 +107,35 @@ class Measurer:
         return True
 
     def _serve(self, request: TimeCase | CheckCase) -> TimedCase | Agreement:
+        with self._range(str(request.case)):
+            return self._serve_case(request)
+
+    def _serve_case(self, request: TimeCase | CheckCase) -> TimedCase | Agreement:
         case = request.case
         # Memory holds all copies at once, and with --benchmark-disable one is enough.
         copies = self._clock.copies(case.problem.bytes) if isinstance(request, TimeCase) else 1
-        inputs = self._inputs_of(case, copies)
-        calls = [case.provider.prepare(case.problem, one) for one in inputs]
-        agreement = self._check(case, inputs[0], calls)
+        with self._range("prepare"):
+            inputs = self._inputs_of(case, copies)
+            calls = [case.provider.prepare(case.problem, one) for one in inputs]
+        with self._range("check"):
+            agreement = self._check(case, inputs, calls)
         if isinstance(request, CheckCase):
             return agreement
-        measured = self._clock.measure(calls, case.problem.bytes, request.slowdown)
-        return self._timed(case, agreement, measured, request.slowdown)
+        with self._range("time"):
+            measured = self._clock.measure(calls, case.problem.bytes, request.slowdown)
+        launched = self._time_launches(case, calls, measured) if isinstance(case.problem, MoeProblem) else {}
+        return self._timed(case, agreement, measured, request.slowdown, launched)
+
+    @contextmanager
+    def _range(self, name: str) -> Iterator[None]:
+        """An NVTX range, where they are asked for."""
+        if self._nvtx:
+            torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            if self._nvtx:
+                torch.cuda.nvtx.range_pop()
 
     def _inputs_of(self, case: Case, copies: int) -> list[Any]:
         """The case's inputs, several times. On a CPU, where drawing takes long, cases of one shape share them."""
@@ -122,32 +144,68 @@ class Measurer:
             self._inputs = (None, [])  # frees the old ones first
             self._inputs = (key, [case.problem.inputs(self._device.torch_name)])
         made = self._inputs[1]
-        made.extend(made[0].clone() for _ in range(copies - len(made)))
+        made.extend(case.problem.copy(made[0], number) for number in range(len(made), copies))
         return made[:copies]
 
-    def _check(self, case: Case, inputs: Any, calls: Sequence[Call]) -> Agreement:
+    def _check(self, case: Case, inputs: Sequence[Any], calls: Sequence[Call]) -> Agreement:
         """Compare the output of every copy with the reference. The worst error counts."""
-        compare = checker(case.problem, inputs, case.rule, case.accumulation(self._device))
-        found = [compare(call()) for call in calls]
+        accumulation, agree = case.accumulation(self._device), case.problem.copies_agree
+        distinct = 1 if agree else len(inputs)
+        compare = None
+        found = []
+        for one, call in zip(inputs, calls, strict=True):
+            if compare is None or not agree:
+                compare = checker(case.problem, one, case.rule, accumulation, distinct)
+            found.append(compare(call()))
         return Agreement(max(f.error for f in found), all(f.exact for f in found), found[0].rows)
 
-    def _timed(self, case: Case, agreement: Agreement, measured: Measurement, slowdown: float) -> TimedCase:
-        snapshot = self._telemetry.snapshot()
-        facts = case.facts() | {
-            "clock": measured.clock,
-            "l2": measured.l2,
-            "copies": measured.copies,
-            "pace": measured.pace,
-            "gap_s": measured.gap_seconds,
-            "calls_per_sample": measured.calls_per_sample,
-            "kernels": list(measured.kernels) if measured.kernels is not None else None,
-            "error": agreement.error,
-            "exact": agreement.exact,
-            "throttle_reasons": list(snapshot.throttle) if snapshot.throttle is not None else None,
-            "power_w": snapshot.power_w,
-            "temperature_c": snapshot.temperature_c,
-            "injected": slowdown or None,
+    def _time_launches(self, case: Case, calls: Sequence[Any], measured: Measurement) -> dict[str, Any]:
+        """The case without a graph, and each phase of its runners by itself, where they have phases."""
+        eager = self._clock.eager_seconds(calls, case.problem.bytes)
+        return {
+            "eager_seconds": eager,
+            "launch_seconds": eager and eager - median(measured.seconds),
+            "phases": self._phases(case, calls) if measured.clock != "cuda_events" else None,
         }
+
+    def _phases(self, case: Case, calls: Sequence[Any]) -> dict[str, float] | None:
+        """Median seconds by phase, with weights as cold as for the whole; what one leaves to the next may be in the L2."""
+        if not hasattr(calls[0], "phases"):
+            return None
+        found = {}
+        for name in calls[0].phases:
+            parts = [call.phases[name] for call in calls]
+            found[name] = median(self._clock.measure(parts, case.problem.bytes).seconds)
+        if self._nvtx:
+            for name, part in calls[0].phases.items():
+                with self._range(name):
+                    part()
+                    torch.cuda.synchronize()
+        return found
+
+    def _timed(
+        self, case: Case, agreement: Agreement, measured: Measurement, slowdown: float, launched: dict[str, Any]
+    ) -> TimedCase:
+        snapshot = self._telemetry.snapshot()
+        facts = (
+            case.facts()
+            | launched
+            | {
+                "clock": measured.clock,
+                "l2": measured.l2,
+                "copies": measured.copies,
+                "pace": measured.pace,
+                "gap_s": measured.gap_seconds,
+                "calls_per_sample": measured.calls_per_sample,
+                "kernels": list(measured.kernels) if measured.kernels is not None else None,
+                "error": agreement.error,
+                "exact": agreement.exact,
+                "throttle_reasons": list(snapshot.throttle) if snapshot.throttle is not None else None,
+                "power_w": snapshot.power_w,
+                "temperature_c": snapshot.temperature_c,
+                "injected": slowdown or None,
+            }
+        )
         record = make_record(
             facts, measured.seconds, cycles=measured.cycles, sm_mhz=measured.sm_mhz, event_seconds=measured.event_seconds
         )

@@ -53,7 +53,7 @@ def test_each_reason_is_given_once_with_all_that_it_keeps_from_running():
 
 def test_the_device_decides():
     assert providers.describe(TorchProvider(), CPU)[-2:] == [
-        "  here         1 of 2 kinds of work; not",
+        "  here         2 of 3 kinds of work; not",
         "    fp8: Some CPU has no FP8 tensor cores (compute capability 8.9 or later)",
     ]
     assert providers.describe(TorchProvider(), H200)[-2:] == ["  scale rules  -", "  here         all of it"]

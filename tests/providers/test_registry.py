@@ -30,7 +30,7 @@ def test_providers_have_the_parts_of_the_protocol():
         assert provider.name == name
         assert re.fullmatch(r"[a-z0-9_]+", name), f"{name!r} does not fit into a case id"
         assert provider.version is None or isinstance(provider.version, str), name
-        assert set(provider.ops) <= {"gemm", "quantize"}, name
+        assert set(provider.ops) <= {"gemm", "quantize", "moe"}, name
         assert provider.ops, name
         assert set(provider.modes) <= set(MODES), name
         for format_name, rules in provider.rules.items():

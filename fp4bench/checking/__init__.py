@@ -1,42 +1,23 @@
 """Is an output right? Each problem's output against its reference, on the very tensors that are timed."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fp4bench.checking.agreement import Agreement, Check, WrongResultError, check_shape, compare, refuse, spread_rows
+from fp4bench.checking.moe import moe_checker
 from fp4bench.formats import ScaleRule, e2m1
 from fp4bench.problems import Accumulation, GemmInputs, GemmProblem, MoeProblem, Problem, QuantizeProblem
 from fp4bench.quantize import Quantized, quantize, quantize_fp8_rows
 from fp4bench.reference import Operand, quantize_by_formula, values
+
+__all__ = ["Agreement", "Check", "WrongResultError", "check", "checker"]
 
 # Work beyond which only some rows, evenly spaced with the first and the last, are compared: about a second on two CPU cores,
 # and 0.1 s at an H200's float64 rate (5 s at an RTX 5090's).
 _REFERENCE_FLOPS = {"cpu": 4e10, "cuda": 5e12}
 # The same for values of a quantization, whose reference takes some 50 bytes a value.
 _REFERENCE_VALUES = {"cpu": 1 << 22, "cuda": 1 << 25}
-
-
-class WrongResultError(AssertionError):
-    """An output that is not what the reference says."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How an output compares with its reference.
-
-    error: ||out - ref|| / ||ref|| of a GEMM; the share of codes that differ of a quantization.
-    exact: every compared element is the reference, rounded to the output's dtype.
-    rows: how many rows were compared; every element of a GEMM's output is checked to be finite.
-    """
-
-    error: float
-    exact: bool
-    rows: int
-
-
-Check = Callable[[Any], Agreement]
 
 
 def check(
@@ -46,9 +27,12 @@ def check(
     return checker(problem, inputs, rule, accumulation)(out)
 
 
-def checker(problem: Problem, inputs: Any, rule: ScaleRule | None, accumulation: Accumulation | None = None) -> Check:
-    """What compares outputs with the reference of `problem`; `fp4bench.quantize` makes a GEMM's FP4 operands, by `rule`.
+def checker(
+    problem: Problem, inputs: Any, rule: ScaleRule | None, accumulation: Accumulation | None = None, copies: int = 1
+) -> Check:
+    """What compares outputs with the reference of `problem`; `fp4bench.quantize` makes a product's FP4 operands, by `rule`.
 
+    copies: how many checkers share the time of one, where copies of the inputs have outputs of their own.
     accumulation: how a GEMM's products are added up, by default as its mode says; it bounds how far from the reference an
     output may be. The reference is computed once, however many outputs are compared. The check raises WrongResultError that
     names the first element that is wrong or not finite.
@@ -56,14 +40,14 @@ def checker(problem: Problem, inputs: Any, rule: ScaleRule | None, accumulation:
     if isinstance(problem, QuantizeProblem):
         return _quantized_checker(problem, inputs)
     if isinstance(problem, MoeProblem):
-        raise NotImplementedError("MoE outputs have no reference yet")
+        return moe_checker(problem, inputs, rule, accumulation or problem.mode.accumulation, copies)
     return _gemm_checker(problem, inputs, rule, accumulation or problem.mode.accumulation)
 
 
 def _gemm_checker(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | None, accumulation: Accumulation) -> Check:
     x = values(_operand(problem, problem.mode.activations, inputs.x, rule))
     w = values(_operand(problem, problem.mode.weights, inputs.w, rule))
-    rows = _spread(problem.m, _REFERENCE_FLOPS[x.device.type] / (4 * problem.n * problem.k), x.device)
+    rows = spread_rows(problem.m, _REFERENCE_FLOPS[x.device.type] / (4 * problem.n * problem.k), x.device)
     x = x[rows]
     want, spread = x @ w.T, (x.square() @ w.square().T).sqrt()
     # A sum that cancels to 0 leaves float64's own roundings of decoded NVFP4 values.
@@ -71,18 +55,8 @@ def _gemm_checker(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | No
     bound = _rounding_bound(problem.k, accumulation, want, spread)
 
     def check(out: torch.Tensor) -> Agreement:
-        if out.shape != (problem.m, problem.n) or out.dtype != torch.bfloat16:
-            raise WrongResultError(f"output is {out.dtype} {tuple(out.shape)}, not {torch.bfloat16} {(problem.m, problem.n)}")
-        _refuse(~out.isfinite(), "output is not finite", lambda at: f"{out[at].item()}")
-        got = out[rows].double()
-        difference = (got - want).abs()
-        _refuse(
-            difference > bound,
-            "output is wrong",
-            lambda at: f"{got[at].item():.6g} where the reference is {want[at].item():.6g} +- {bound[at].item():.2g}",
-        )
-        error = difference.norm() / want.norm().clamp(min=torch.finfo(torch.float64).tiny)
-        return Agreement(error.item(), torch.equal(got, want.to(out.dtype).double()), len(rows))
+        check_shape(out, (problem.m, problem.n))
+        return compare(out, rows, want, bound)
 
     return check
 
@@ -108,7 +82,7 @@ def _operand(problem: GemmProblem, element: str, tensor: torch.Tensor, rule: Sca
 
 
 def _quantized_checker(problem: QuantizeProblem, x: torch.Tensor) -> Check:
-    rows = _spread(problem.m, _REFERENCE_VALUES[x.device.type] / problem.k, x.device)
+    rows = spread_rows(problem.m, _REFERENCE_VALUES[x.device.type] / problem.k, x.device)
     want = quantize_by_formula(x, problem.format, problem.rule, problem.hadamard, rows)
     # A rotation's additions round in another order: then 1 code or scale in 10,000 may be the neighbour of the right one.
     allowed = 1e-4 if problem.hadamard else 0.0
@@ -161,24 +135,10 @@ def _check_bytes(
     far = off & (steps.abs() > 1)
     bad = far if far.any() else off
     if far.any() or off.double().mean().item() > allowed:
-        _refuse(bad, f"{what} is wrong", lambda at: f"{got[at].item():#x} where the reference is {want[at].item():#x}")
+        refuse(bad, f"{what} is wrong", lambda at: f"{got[at].item():#x} where the reference is {want[at].item():#x}")
 
 
 def _signed(codes: torch.Tensor) -> torch.Tensor:
     """Codes as steps on the line of values: -7 to 7, both zeros 0."""
     magnitude = (codes & 7).int()
     return torch.where(codes > 7, -magnitude, magnitude)
-
-
-def _spread(rows: int, affordable: float, device: torch.device) -> torch.Tensor:
-    """Indices of all rows, or of as many as are affordable, evenly spaced from the first to the last."""
-    count = min(rows, max(2, int(affordable)))
-    # On the CPU: unique on a GPU takes 17 ms (H200).
-    return torch.linspace(0, rows - 1, count, dtype=torch.float64).round().long().unique().to(device)
-
-
-def _refuse(bad: torch.Tensor, message: str, describe: Callable[[tuple[int, ...]], str]) -> None:
-    """Raise WrongResultError with the count and the first place of the elements that are bad, if any is."""
-    if bad.any():
-        at = tuple(bad.nonzero()[0].tolist())
-        raise WrongResultError(f"{message} in {int(bad.sum())} of {bad.numel()} elements, first at {list(at)}: {describe(at)}")

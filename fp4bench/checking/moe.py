@@ -1,0 +1,169 @@
+"""Is a MoE layer's output right? The reference of some tokens, and how far from it right hardware may be.
+
+What lies between the products is rounded or quantized, by hardware after other roundings than ours: a value next to a boundary
+falls on either side of it, and moves by a whole step of its format. So an output is judged by the variance of such differences,
+carried through the second product: each element to within 6 standard deviations, and all of them together to within 1.5. The
+first bound finds a wrong element, the second what is wrong by little everywhere.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fp4bench.checking.agreement import Agreement, Check, WrongResultError, check_shape, compare, spread_rows
+from fp4bench.formats import ScaleRule
+from fp4bench.problems import Accumulation, Activation, MoeInputs, MoeProblem
+from fp4bench.quantize import (
+    Quantized,
+    RowQuantized,
+    decode_fp8_tiles,
+    quantize,
+    quantize_fp8_rows,
+    quantize_fp8_tiles,
+    scale_values,
+)
+from fp4bench.reference import Operand, Weight, activate, grouped_gemm, values
+
+ELEMENT_BOUND, OVERALL_BOUND = 6.0, 1.5
+
+# Values of experts' weights that are decoded for a check. On a CPU about a second on two cores; on a GPU some 90 experts of
+# DeepSeek-R1, and all of gpt-oss-120b. Beyond it tokens are left out, at least two stay.
+_WEIGHT_VALUES = {"cpu": 3e7, "cuda": 4e9}
+
+# A bfloat16 value v is off by at most 2**-8 |v|, evenly: a variance of a third of its square.
+_BF16_VARIANCE = 2.0**-16 / 3
+
+
+def moe_checker(
+    problem: MoeProblem, inputs: MoeInputs, rule: ScaleRule | None, accumulation: Accumulation, copies: int = 1
+) -> Check:
+    """As `fp4bench.checking.checker`: compares outputs bfloat16 (m, hidden) with the reference on these inputs.
+
+    Outputs may have been bfloat16 after each product, the activation, the weighting and each addition of the weighted sum.
+    """
+    rows = _rows(problem, copies, inputs.x.device)
+    want, variance = _reference(problem, inputs, rule, accumulation, rows)
+    bound = ELEMENT_BOUND * variance.sqrt() + 2.0**-8 * want.abs()
+    overall = OVERALL_BOUND * variance.sum().sqrt().item()
+
+    def check(out: torch.Tensor) -> Agreement:
+        check_shape(out, (problem.m, problem.hidden))
+        if not problem.m:
+            return Agreement(0.0, True, 0)
+        found = compare(out, rows, want, bound)
+        norm = want.norm().item()
+        if found.error * norm > overall:
+            raise WrongResultError(
+                f"output is wrong as a whole: off by {found.error:.2%} of the reference, not {overall / norm:.2%}"
+            )
+        return found
+
+    return check
+
+
+def _rows(problem: MoeProblem, copies: int, device: torch.device) -> torch.Tensor:
+    """The tokens that are compared: all if their experts' weights are affordable, else as many as surely are."""
+    affordable = _WEIGHT_VALUES[device.type] / copies / (3 * problem.hidden * problem.intermediate)  # experts
+    few = problem.experts_hit <= affordable
+    return spread_rows(problem.m, problem.m if few else affordable / problem.topk, device)
+
+
+def _reference(
+    problem: MoeProblem, inputs: MoeInputs, rule: ScaleRule | None, accumulation: Accumulation, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs and their variances, float64 (rows, hidden)."""
+    if not problem.m:
+        return torch.zeros_like(inputs.x, dtype=torch.float64), torch.zeros_like(inputs.x, dtype=torch.float64)
+    quantizer = _Quantizer(problem, rule)
+    w = inputs.weights
+    ids, weights = inputs.topk_ids[rows], inputs.topk_weights[rows].double()[..., None]
+    x = values(quantizer.activations(inputs.x))[rows].repeat_interleave(problem.topk, dim=0)
+    sums, squares = grouped_gemm(x, ids.flatten(), lambda e: quantizer.weights(w.w13(e)), _bias(problem, w.b13), [x.square()])
+    sums_variance = _sum_variance(squares, problem.hidden, accumulation) + _BF16_VARIANCE * sums.square()
+    hidden = activate(sums, problem.activation)
+    hidden_variance = _activated_variance(sums, sums_variance, problem.activation) + _BF16_VARIANCE * hidden.square()
+    between = quantizer.activations(hidden.float())
+    second = values(between)
+    out, squares, carried = grouped_gemm(
+        second,
+        ids.flatten(),
+        lambda e: quantizer.weights(w.w2(e)),
+        _bias(problem, w.b2),
+        [second.square(), hidden_variance + 2 * _step_variance(between)],
+    )
+    out_variance = carried + _sum_variance(squares, problem.intermediate, accumulation)
+    weighted, variance = (part.unflatten(0, (-1, problem.topk)) for part in (out, out_variance))
+    weighted = weights * weighted
+    # The result of the product and that of the weighting, then each partial sum.
+    roundings = 2 * weighted.square().sum(dim=1) + weighted.cumsum(dim=1).square().sum(dim=1)
+    return weighted.sum(dim=1), (weights.square() * variance).sum(dim=1) + _BF16_VARIANCE * roundings
+
+
+def _bias(problem: MoeProblem, of_expert: Callable[[int], torch.Tensor | None]) -> Weight | None:
+    def bias(expert: int) -> torch.Tensor:
+        found = of_expert(expert)
+        assert found is not None
+        return found
+
+    return bias if problem.bias else None
+
+
+def _sum_variance(squares: torch.Tensor, k: int, accumulation: Accumulation) -> torch.Tensor:
+    """Of k products added up by hardware, from the sum of their squares: a GEMM is held to 6 times its root."""
+    return (6 * 2.0**-accumulation.bits) ** 2 * max(1.0, k / accumulation.terms) * squares
+
+
+def _activated_variance(sums: torch.Tensor, variance: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """What the activation makes of the variance of its arguments, by its slopes."""
+    gate, up = sums.chunk(2, dim=-1)
+    if activation.limit is not None:
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit) + 1
+    sigmoid = torch.sigmoid(activation.alpha * gate)
+    of_gate, of_up = up * sigmoid * (1 + activation.alpha * gate * (1 - sigmoid)), gate * sigmoid
+    gate_variance, up_variance = variance.chunk(2, dim=-1)
+    return of_gate.square() * gate_variance + of_up.square() * up_variance
+
+
+def _step_variance(operand: Operand) -> torch.Tensor:
+    """Of one quantization of each value: the square of the format's step there by 12. float64, the shape of the values."""
+    if isinstance(operand, torch.Tensor):
+        return torch.zeros_like(operand, dtype=torch.float64)  # kept, or rounded to bfloat16
+    if isinstance(operand, Quantized):
+        unit = scale_values(operand).double() / operand.rule.gain
+        if operand.tensor_scale is not None:
+            unit = unit / operand.tensor_scale.double()
+        unit = unit.repeat_interleave(operand.format.block_size, dim=-1)[..., : operand.k]
+        return _step(values(operand) / unit.clamp(min=1e-300), bits=1, least=0.5).square() * unit.square() / 12
+    if isinstance(operand, RowQuantized):
+        unit = operand.scales.double()
+    else:
+        unit = decode_fp8_tiles(replace(operand, values=torch.ones_like(operand.values)), torch.float64)
+    return _step(values(operand) / unit, bits=3, least=2.0**-9).square() * unit.square() / 12
+
+
+def _step(elements: torch.Tensor, bits: int, least: float) -> torch.Tensor:
+    """The distance of neighbours at these values, of a float with so many stored bits of significand and a smallest step."""
+    return torch.exp2(torch.frexp(elements.abs()).exponent.double() - 1 - bits).clamp(min=least)
+
+
+@dataclass(frozen=True)
+class _Quantizer:
+    """The operands of a problem's mode."""
+
+    problem: MoeProblem
+    rule: ScaleRule | None
+
+    def weights(self, w: torch.Tensor) -> Operand:
+        return self._quantized(w, self.problem.mode.weights, self.problem.fp8.weight_tile if self.problem.fp8 else None)
+
+    def activations(self, x: torch.Tensor) -> Operand:
+        return self._quantized(x, self.problem.mode.activations, self.problem.fp8.activation_tile if self.problem.fp8 else None)
+
+    def _quantized(self, tensor: torch.Tensor, element: str, tile: tuple[int | None, int | None] | None) -> Operand:
+        if element == "bf16":
+            return tensor
+        if element == "fp4":
+            assert self.problem.format is not None
+            return quantize(tensor, self.problem.format, rule=self.rule)
+        return quantize_fp8_tiles(tensor, *tile) if tile else quantize_fp8_rows(tensor)
