@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
         "providers",
         help="each provider: its version, what it computes, and why not here",
         description=f"Asks each provider about every mode, format and scale rule it has, for n = {_N}, k = {_K} and m = {_M}, "
-        f"and for the experts of {_MOE_MODEL} at TP {_MOE_TP}: a table of all, then each with its reasons. Other shapes may have "
+        f"and the experts of {_MOE_MODEL} at TP {_MOE_TP}: a table of all, then each with its reasons. Other shapes may have "
         "reasons of their own; a run shows them as skipped cases.",
     )
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:<index>")
