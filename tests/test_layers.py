@@ -15,7 +15,7 @@ PACKAGE = Path(fp4bench.__file__).parent
 # A module imports only from those before it, and from its own folder.
 ORDER = (
     *("formats", "hadamard", "quantize", "models", "problems", "reference", "checking", "devices", "kernels", "providers"),
-    *("cases", "nn", "timing", "evidence", "workers", "serving", "plugin", "cli", "__main__"),
+    *("cases", "nn", "timing", "evidence", "tuning", "workers", "serving", "plugin", "cli", "__main__"),
 )
 
 FP4 = (*ORDER[: ORDER.index("devices")], "kernels", "providers", "cases", "nn")

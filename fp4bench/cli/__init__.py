@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = ("machine", "providers", "accept", "report", "drill", "ab")
+COMMANDS = ("machine", "providers", "accept", "report", "drill", "ab", "tune")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,12 +1,12 @@
 """Which launch a product gets: a pure function of the work and the device, over launches tuned once and stored as JSON.
 
-`tables/<GPU>.json` holds what was measured on a GPU. Nothing is tuned while a case is timed or a request served.
+`tables/<GPU>.json` holds what `fp4bench tune` measured on a GPU. Nothing is tuned while a case is timed or a request served.
 
 The rule, for work (operand, format, m, n, k): of the entries with its operand and format, those tuned for an m of at least its
 own come first, the nearest such m before the others; then the nearest shape, |log2(n / n')| + |log2(k / k')|; then the first in
-the file. A `decode` entry serves no more rows than it was tuned for. Shapes further off than `FARTHEST` serve nobody: then, and
-without a table, the kernels' defaults are taken. A GPU without a table of its own uses that of one with as many SMs of the same
-compute capability.
+the file. A `decode` entry serves no more rows than it was tuned for, nor does a `prefill` entry of a tile narrower than 128
+rows of x. Shapes further off than `FARTHEST` serve nobody: then, and without a table, the kernels' defaults are taken. A GPU
+without a table of its own uses that of one with as many SMs of the same compute capability.
 """
 
 import json
@@ -32,8 +32,11 @@ KERNELS: dict[str, type[Any]] = {"decode": DecodeConfig, "prefill": PrefillConfi
 # What the weight is multiplied as: bfloat16 (and float16, which runs alike), E4M3, or FP4 as it is.
 OPERANDS = ("bf16", "e4m3", "fp4")
 
+_ITEMSIZE = {"bf16": 2, "e4m3": 1}  # bytes of an element of x, for the kernels that decode the weight
+
 FORMAT = 1  # of the files
 _WORK = ("operand", "format", "m", "n", "k")
+_WIDE = 128  # columns of a tile that suits any larger m
 FARTHEST = 3.0  # binades of n and k together
 
 # A folder of the user's own tables, which go before those of the package.
@@ -101,9 +104,9 @@ def default(work: Work, device: Device) -> Launch:
         return blackwell.default_config(work.m, work.n, device.capability)
     if work.operand == "bf16" and work.m <= decode.MOST_ROWS and not work.x_scaled:
         return _default_decode(work, device.sm_count)
-    if work.operand == "bf16" and not work.x_scaled:
-        return prefill.default_config(work.m)
-    raise ValueError(f"there is no kernel for {work}")
+    if work.operand == "e4m3" and FORMATS[work.format].has_tensor_scale:
+        raise ValueError(f"there is no kernel for {work}")
+    return prefill.default_config(work.m, _ITEMSIZE[work.operand])
 
 
 def candidates(work: Work, device: Device) -> list[Launch]:
@@ -113,6 +116,8 @@ def candidates(work: Work, device: Device) -> list[Launch]:
         found += [BlackwellConfig(128, n, k, s, w) for n in (128, 256) for k in (128, 256) for s in (3, 4) for w in (4, 8)]
     elif work.operand == "bf16" and work.m <= decode.MOST_ROWS and not work.x_scaled:
         found += decode.candidates(work.m)
+    if work.operand in _ITEMSIZE and (work.m > 8 or work.operand != "bf16"):  # up to 8 rows `decode` waits for memory alone
+        found += prefill.candidates(work.m, _ITEMSIZE[work.operand], 2 if FORMATS[work.format].has_tensor_scale else 1)
     return list(dict.fromkeys(found))
 
 
@@ -131,7 +136,10 @@ def _serves(entry: Entry, work: Work) -> bool:
     tuned = entry.work
     if (tuned.operand, tuned.format) != (work.operand, work.format):
         return False
-    return not isinstance(entry.launch, DecodeConfig) or (work.m <= tuned.m and not work.x_scaled)
+    if isinstance(entry.launch, DecodeConfig):
+        return work.m <= tuned.m and not work.x_scaled
+    # A tile that holds all rows of x is that narrow for their sake: more rows would have the weight decoded once a tile.
+    return not isinstance(entry.launch, PrefillConfig) or work.m <= tuned.m or entry.launch.columns >= _WIDE
 
 
 def _row_distance(tuned: Work, work: Work) -> tuple[bool, float]:

@@ -10,6 +10,7 @@ for that one only before it reads x.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -80,11 +81,32 @@ def gemm(
     Rows of x and out may be strided. Launches on the current stream and neither waits nor allocates.
     pdl: overlap with the kernel before and after; the weight must have been complete before the kernel before was launched.
     """
+    grid, arguments, constants = _launch(x, weight, out, config, alpha, bias, pdl)
+    _decode[grid](*arguments, **constants)
+    return out
+
+
+def compile_only(x: torch.Tensor, weight: PreparedWeight, out: torch.Tensor, *, config: DecodeConfig, pdl: bool) -> None:
+    """Put what `gemm` would launch into Triton's cache. The tensors are not read: any device will do."""
+    grid, arguments, constants = _launch(x, weight, out, config, 1.0, None, pdl)
+    _decode.warmup(*arguments, grid=grid, **constants)
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: PreparedWeight,
+    out: torch.Tensor,
+    config: DecodeConfig,
+    alpha: float,
+    bias: torch.Tensor | None,
+    pdl: bool,
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """-> grid, arguments and constants of the kernel."""
     m, k = x.shape
     tiles = min(config.tiles, weight.tiles)
     columns = 8 if m <= 8 else 16
     steps = -(-weight.units // config.warps)
-    _decode[(-(-weight.tiles // tiles),)](
+    arguments = (
         x,
         weight.words,
         weight.scales,
@@ -98,24 +120,26 @@ def gemm(
         weight.tiles,
         x.stride(0),
         out.stride(0),
-        UNITS=weight.units,
-        STEPS=steps,
-        TILES=tiles,
-        WARPS=config.warps,
-        COLUMNS=columns,
-        TWO_LEVEL=weight.format.has_tensor_scale,
-        HAS_BIAS=bias is not None,
-        ALL_COLUMNS=k % UNIT_K == 0,
-        PAIRS=x.stride(0) % 2 == 0 and k % 2 == 0 and x.data_ptr() % 4 == 0,
-        EXCHANGE=config.exchange and k % UNIT_K == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0,
-        AHEAD=config.ahead,
-        STREAMING=config.streaming,
-        DEPTH=min(config.depth, steps),
-        num_warps=config.warps,
-        launch_pdl=pdl,
-        maxnreg=config.max_registers,
     )
-    return out
+    constants = {
+        "UNITS": weight.units,
+        "STEPS": steps,
+        "TILES": tiles,
+        "WARPS": config.warps,
+        "COLUMNS": columns,
+        "TWO_LEVEL": weight.format.has_tensor_scale,
+        "HAS_BIAS": bias is not None,
+        "ALL_COLUMNS": k % UNIT_K == 0,
+        "PAIRS": x.stride(0) % 2 == 0 and k % 2 == 0 and x.data_ptr() % 4 == 0,
+        "EXCHANGE": config.exchange and k % UNIT_K == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0,
+        "AHEAD": config.ahead,
+        "STREAMING": config.streaming,
+        "DEPTH": min(config.depth, steps),
+        "num_warps": config.warps,
+        "launch_pdl": pdl,
+        "maxnreg": config.max_registers,
+    }
+    return (-(-weight.tiles // tiles),), arguments, constants
 
 
 # --- PTX --------------------------------------------------------------------------------------------------------------------

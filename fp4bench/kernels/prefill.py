@@ -5,7 +5,7 @@ them needs no shuffle and no shared memory, and the result feeds `wgmma` as it i
 So a CTA computes a tile of Y^T, and transposes it on the way out. The operand is bfloat16 or float16 (exact, see `weights`), or
 E4M3 for FP8 activations (MXFP4 weights only: NVFP4's scales have no room in it).
 
-A CTA has one warp that brings tiles of x, words and scales by TMA into a ring of stages, and one or two warpgroups that decode
+A CTA has one warp that brings tiles of x, words and scales by TMA into a ring of stages, and one to four warpgroups that decode
 and multiply, each its own rows of W. A warpgroup decodes step i + 1 while the tensor cores work on step i: the `wgmma` of i + 1
 is issued before that of i is waited for, which also keeps ptxas from moving the decoding behind the wait (it does, where only
 the use of the result is behind it: then nothing overlaps).
@@ -17,8 +17,9 @@ brings the last one of a tile adds them up, in the order of k: the result does n
 E4M3: Hopper adds FP8 products with some 14 bits (`Mode.sum_bits` of w4a8); bfloat16 and float16 products in float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from math import ceil
 from typing import Any
 
@@ -46,7 +47,7 @@ class PrefillConfig:
     """How one product is launched.
 
     rows, columns: the tile of a CTA, rows of W (n) and rows of x (m). depth: columns of k in a step.
-    stages: steps that shared memory holds. warpgroups: which share the rows. ctas: CTAs an SM.
+    stages: steps that shared memory holds. warpgroups: 1, 2 or 4, which share the rows. ctas: CTAs an SM.
     group: m tiles that are worked on together, to share the L2. streamed: whether tiles are cut along k to fill all SMs.
     """
 
@@ -64,7 +65,7 @@ class PrefillConfig:
             ("rows", (64, 128, 256)),
             ("columns", (8, 16, 32, 64, 128, 256)),
             ("depth", (64, 128, 256)),
-            ("warpgroups", (1, 2)),
+            ("warpgroups", (1, 2, 4)),
             ("ctas", (1, 2, 3, 4)),
         ):
             if getattr(self, name) not in allowed:
@@ -94,6 +95,20 @@ class PrefillConfig:
         """Registers of a consumer's thread, after the producer's warps gave theirs."""
         free = self.registers * (self.warpgroups + 1) - _PRODUCER_REGISTERS
         return min(240, free // self.warpgroups // 8 * 8)
+
+    def has_registers(self, x_itemsize: int) -> bool:
+        """Whether a consumer's thread has room for sums, the decoded weights of two steps, and some 40 registers of the rest.
+
+        ptxas (13.0) refuses a wgmma whose operands exceed the registers of the launch, whatever the consumers are given later.
+        """
+        weights_of_a_step = self.rows * self.depth * x_itemsize // 4 // (128 * self.warpgroups)
+        needed = self.accumulators + 2 * weights_of_a_step + 40
+        return needed <= self.consumer_registers and self.accumulators + 32 <= self.registers
+
+    def most_stages(self, x_itemsize: int, scales_per_byte: int) -> int:
+        """How many fit beside the other CTAs of an SM; bytes as `shared_bytes` takes them."""
+        one = self.shared_bytes(x_itemsize, scales_per_byte) - _BARRIERS_AND_SCRATCH
+        return (_SHARED_BYTES // self.ctas - _BARRIERS_AND_SCRATCH) * self.stages // one
 
     def shared_bytes(self, x_itemsize: int, scales_per_byte: int) -> int:
         """Shared memory of a CTA; scales_per_byte: 1 for MXFP4, 2 for NVFP4 scales of a k of 32."""
@@ -126,10 +141,48 @@ class Schedule:
         return cls(ctas, tiles if ctas > tiles else 0, tiles, steps, n_tiles, m_tiles)
 
 
-def default_config(m: int) -> PrefillConfig:
+def default_config(m: int, x_itemsize: int = 2) -> PrefillConfig:
     """A launch for m rows of x: the narrowest tile that holds them all, up to 128, of those that spill no registers."""
     columns = min(128, max(16, 1 << (m - 1).bit_length()))
-    return PrefillConfig(columns=columns, ctas=2 if columns <= 32 else 1)
+    return PrefillConfig(columns=columns, depth=128 // x_itemsize, ctas=2 if columns <= 32 else 1)
+
+
+def candidates(m: int, x_itemsize: int, scales_per_byte: int) -> list[PrefillConfig]:
+    """The launches that are worth measuring for m rows of x, whatever the weight. Bytes as `shared_bytes` takes them.
+
+    One tile holds all rows of x where it can: a second would decode the weight again. Where several are needed, 128 and 256.
+    """
+    least = 128 // x_itemsize
+    covering = max(8, 1 << (m - 1).bit_length())
+    found = []
+    if covering <= 64:
+        shapes = [
+            (64, 1, 2),
+            (64, 1, 3),
+            (64, 1, 4),
+            (128, 1, 1),
+            (128, 1, 2),
+            (128, 1, 3),
+            (128, 2, 1),
+            (128, 2, 2),
+            (256, 2, 1),
+            (256, 4, 1),
+        ]
+        for (rows, warpgroups, ctas), depth in product(shapes, (least, 2 * least)):
+            made = PrefillConfig(rows, covering, depth, 2, warpgroups, ctas)
+            most = made.most_stages(x_itemsize, scales_per_byte)
+            found += [replace(made, stages=stages) for stages in sorted({min(4, most), min(8, most)}) if stages > 1]
+    else:
+        shapes = [(128, 1, 1), (128, 2, 1), (256, 2, 1), (64, 1, 2)]
+        groups = (8,) if m <= 256 else (4, 16)
+        tiles = product(shapes, (128, 256), (least, 2 * least), groups)
+        for (rows, warpgroups, ctas), columns, depth, group in tiles:
+            if rows * columns // (128 * warpgroups) > 128 or (columns > covering):
+                continue
+            made = PrefillConfig(rows, columns, depth, 2, warpgroups, ctas, group)
+            most = min(6, made.most_stages(x_itemsize, scales_per_byte))
+            found += [replace(made, stages=most, streamed=streamed) for streamed in (True, False) if most > 1]
+    return [config for config in found if config.has_registers(x_itemsize)]
 
 
 def why_not(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: PrefillConfig) -> str | None:
@@ -178,24 +231,50 @@ def gemm(
 
     No allocation, no synchronization. Raises ValueError for what `why_not` names, and shapes that do not match.
     """
-    m, k = x.shape
-    reason = why_not(m, weight, x.dtype, config)
-    if reason:
-        raise ValueError(reason)
-    form = _FORMS[x.dtype]
-    k_needed = weight.units * UNIT_K if form == "e4m3" else weight.k
-    if k != k_needed or out.shape != (m, weight.n):
-        raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of {weight.shape}")
-    if m == 0:
-        return out
-    schedule = Schedule.of(m, weight.tiles, weight.units, config, _sms(x.device))
+    _check(x, weight, out, config)
+    if x.shape[0]:
+        grid, arguments, constants = _launch(x, weight, out, config, workspace, x_scale, alpha, bias, _sms(x.device))
+        _kernel[grid](*arguments, **constants)
+    return out
+
+
+def compile_only(
+    x: torch.Tensor,
+    weight: PreparedWeight,
+    out: torch.Tensor,
+    *,
+    config: PrefillConfig,
+    workspace: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+    sms: int,
+) -> None:
+    """Put what `gemm` launches on a GPU of so many SMs into Triton's cache. The tensors are not read: any device will do."""
+    _check(x, weight, out, config)
+    grid, arguments, constants = _launch(x, weight, out, config, workspace, x_scale, 1.0, None, sms)
+    _kernel.warmup(*arguments, grid=grid, **constants)
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: PreparedWeight,
+    out: torch.Tensor,
+    config: PrefillConfig,
+    workspace: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+    alpha: float,
+    bias: torch.Tensor | None,
+    sms: int,
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """-> grid, arguments and constants of the kernel."""
+    (m, k), form = x.shape, _FORMS[x.dtype]
+    schedule = Schedule.of(m, weight.tiles, weight.units, config, sms)
     partial, counters, copy = _carve(workspace, m, weight, x.dtype, schedule, config)
     if copy is not None:
         x = copy[:, :k].copy_(x)
     two_level = weight.format.has_tensor_scale
     tiles_per_cta, units_per_step = config.rows // TILE_N, config.depth // UNIT_K
     per_unit = 16 if two_level else 8
-    _kernel[(schedule.ctas,)](
+    arguments = (
         _descriptor(x, [config.columns, config.depth], 128),
         _descriptor(weight.words.view(weight.tiles, -1), [tiles_per_cta, 128 * units_per_step], 0),
         _descriptor(weight.scales.view(weight.tiles, -1), [tiles_per_cta, per_unit * units_per_step], 0),
@@ -215,22 +294,34 @@ def gemm(
         schedule.n_tiles,
         schedule.m_tiles,
         alpha,
-        REPEATS=config.rows // (_WARPGROUP_ROWS * config.warpgroups),
-        WARPGROUPS=config.warpgroups,
-        COLUMNS=config.columns,
-        UNITS=units_per_step,
-        STAGES=config.stages,
-        GROUP=config.group,
-        FORM=form,
-        TWO_LEVEL=two_level,
-        SHARED=schedule.shared > 0,
-        HAS_X_SCALE=x_scale is not None,
-        HAS_BIAS=bias is not None,
-        REGISTERS=config.consumer_registers,
-        num_warps=4,
-        maxnreg=config.registers,
     )
-    return out
+    constants = {
+        "REPEATS": config.rows // (_WARPGROUP_ROWS * config.warpgroups),
+        "WARPGROUPS": config.warpgroups,
+        "COLUMNS": config.columns,
+        "UNITS": units_per_step,
+        "STAGES": config.stages,
+        "GROUP": config.group,
+        "FORM": form,
+        "TWO_LEVEL": two_level,
+        "SHARED": schedule.shared > 0,
+        "HAS_X_SCALE": x_scale is not None,
+        "HAS_BIAS": bias is not None,
+        "REGISTERS": config.consumer_registers,
+        "num_warps": 4,
+        "maxnreg": config.registers,
+    }
+    return (schedule.ctas,), arguments, constants
+
+
+def _check(x: torch.Tensor, weight: PreparedWeight, out: torch.Tensor, config: PrefillConfig) -> None:
+    m, k = x.shape
+    reason = why_not(m, weight, x.dtype, config)
+    if reason:
+        raise ValueError(reason)
+    k_needed = weight.k if x.dtype.itemsize == 2 else weight.units * UNIT_K
+    if k != k_needed or out.shape != (m, weight.n):
+        raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of {weight.shape}")
 
 
 def _descriptor(tensor: torch.Tensor, block: list[int], swizzle: int) -> Any:
@@ -461,12 +552,7 @@ def _release(barriers, count, STAGES: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    buffers,
-    barriers,
-    pointers,
-    schedule,
-    bounds,
-    alpha,
+    sides,
     WARPGROUP: gl.constexpr,
     WARPGROUPS: gl.constexpr,
     REPEATS: gl.constexpr,
@@ -481,6 +567,7 @@ def _consume(
     HAS_BIAS: gl.constexpr,
 ):
     """One warpgroup: its rows of every tile of this CTA."""
+    buffers, barriers, pointers, schedule, bounds, alpha = sides
     out, row_scale, x_scale, bias, partial, counters = pointers
     ctas, shared, tiles, steps, n_tiles, m_tiles = schedule
     ROWS: gl.constexpr = 64 * REPEATS
@@ -592,7 +679,8 @@ def _store(
     gl.store(at, transposed, mask=(at_m < m)[:, None] & (at_n < n)[None, :])
 
 
-@gluon.jit
+# Sizes that 16 divides, and those that are 1, would get kernels of their own: the same code, compiled anew.
+@gluon.jit(do_not_specialize=["m", "ctas", "shared", "tiles", "steps", "n_tiles", "m_tiles"])
 def _kernel(
     x_tiles,
     words,
@@ -641,88 +729,45 @@ def _kernel(
     pointers = (out, row_scale, x_scale, bias, partial, counters)
     bounds = (m, n, stride)
     load = ((x_tiles, words, scales), buffers, barriers, schedule, STAGES, GROUP)
+    sides = (buffers, barriers, pointers, schedule, bounds, alpha)
+    # The partitions are written out: tuples that hold FORM, a string, cannot be put together.
+    # fmt: off
     if WARPGROUPS == 1:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (
-                        buffers,
-                        barriers,
-                        pointers,
-                        schedule,
-                        bounds,
-                        alpha,
-                        0,
-                        WARPGROUPS,
-                        REPEATS,
-                        COLUMNS,
-                        UNITS,
-                        STAGES,
-                        GROUP,
-                        FORM,
-                        TWO_LEVEL,
-                        SHARED,
-                        HAS_X_SCALE,
-                        HAS_BIAS,
-                    ),
-                ),
+                (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
                 (_produce, load),
             ],
             [1],
             [24],
         )
-    else:
+    elif WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (
-                        buffers,
-                        barriers,
-                        pointers,
-                        schedule,
-                        bounds,
-                        alpha,
-                        0,
-                        WARPGROUPS,
-                        REPEATS,
-                        COLUMNS,
-                        UNITS,
-                        STAGES,
-                        GROUP,
-                        FORM,
-                        TWO_LEVEL,
-                        SHARED,
-                        HAS_X_SCALE,
-                        HAS_BIAS,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        buffers,
-                        barriers,
-                        pointers,
-                        schedule,
-                        bounds,
-                        alpha,
-                        1,
-                        WARPGROUPS,
-                        REPEATS,
-                        COLUMNS,
-                        UNITS,
-                        STAGES,
-                        GROUP,
-                        FORM,
-                        TWO_LEVEL,
-                        SHARED,
-                        HAS_X_SCALE,
-                        HAS_BIAS,
-                    ),
-                ),
+                (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                (_consume, (sides, 1, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
                 (_produce, load),
             ],
             [4, 1],
             [REGISTERS, 24],
         )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                (_consume, (sides, 1, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                (_consume, (sides, 2, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                (_consume, (sides, 3, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                (_produce, load),
+            ],
+            [4, 4, 4, 1],
+            [REGISTERS, REGISTERS, REGISTERS, 24],
+        )
+    # fmt: on

@@ -28,10 +28,16 @@ def test_the_nearest_m_from_its_own_on_goes_first_and_then_the_nearest_shape():
 
 
 def test_an_m_that_is_at_least_its_own_goes_before_a_nearer_one_below():
-    below, above = (Entry(Work("bf16", "mxfp4", m, 8192, 8192), PrefillConfig(columns=m), 1e-5) for m in (64, 256))
-    assert configs.nearest(replace(WORK, m=80), [below, above]) == above
+    below, above = (Entry(Work("bf16", "mxfp4", m, 8192, 8192), PrefillConfig(columns=m), 1e-5) for m in (128, 256))
+    assert configs.nearest(replace(WORK, m=140), [below, above]) == above
     assert configs.nearest(replace(WORK, m=300), [below, above]) == above
     assert configs.nearest(replace(WORK, m=300), [below]) == below
+
+
+def test_a_tile_too_narrow_for_all_rows_serves_only_those_it_holds():
+    narrow = Entry(Work("bf16", "mxfp4", 64, 8192, 8192), PrefillConfig(columns=64), 1e-5)
+    assert configs.nearest(replace(WORK, m=33), [narrow]) == narrow
+    assert configs.nearest(replace(WORK, m=65), [narrow]) is None
 
 
 def test_a_launch_serves_no_more_rows_than_it_was_tuned_for_no_other_format_and_no_far_shape():
@@ -54,7 +60,24 @@ def test_more_rows_than_the_decode_kernel_takes_go_to_the_other(m, columns):
 
 def test_work_without_a_kernel_is_an_error():
     with pytest.raises(ValueError, match="no kernel"):
-        configs.default(replace(WORK, operand="e4m3"), H200)
+        configs.default(replace(WORK, operand="e4m3", format="nvfp4"), H200)
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 128, 300, 5000])
+@pytest.mark.parametrize(("operand", "format"), [("bf16", "mxfp4"), ("bf16", "nvfp4"), ("e4m3", "mxfp4")])
+def test_candidates_fit_the_gpu_and_the_default_is_one(operand, format, m):
+    work = Work(operand, format, m, 8192, 8192)
+    found = configs.candidates(work, H200)
+    assert found[0] == configs.default(work, H200)
+    assert len(found) == len(set(found)) > 8
+    for launch in found:
+        if isinstance(launch, PrefillConfig):
+            size = launch.shared_bytes(1 if operand == "e4m3" else 2, 2 if format == "nvfp4" else 1)
+            assert size * launch.ctas <= 227 * 1024
+            assert launch.depth * (1 if operand == "e4m3" else 2) >= 128
+            assert launch.columns >= min(m, 128)
+            assert launch.accumulators < launch.registers
+    assert any(isinstance(launch, PrefillConfig) for launch in found) == (m > 8 or operand == "e4m3")
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):

@@ -39,6 +39,7 @@ def test_tiles_are_cut_into_shares_for_all_or_dealt_out_evenly(m, n, k, streamed
         ({"rows": 96}, "rows"),
         ({"columns": 48}, "columns"),
         ({"rows": 64}, "warpgroups"),
+        ({"warpgroups": 4}, "warpgroups"),
         ({"rows": 256, "columns": 256}, "tile"),
     ],
 )
@@ -112,6 +113,7 @@ def stack_bytes(binary, tmp_path):
         ("bf16", MXFP4, prefill.default_config(32), "m64n32k16"),
         ("bf16", NVFP4, prefill.default_config(64), "m64n64k16"),
         ("bf16", MXFP4, prefill.default_config(1024), "m64n128k16"),
+        ("bf16", MXFP4, PrefillConfig(columns=64, rows=256, warpgroups=4), "m64n64k16"),
         ("e4m3", MXFP4, PrefillConfig(columns=128, depth=128), "m64n128k32"),
     ],
 )
@@ -131,6 +133,8 @@ CASES = [
     ("bf16", NVFP4, 256, 512, 64, PrefillConfig(columns=64)),
     ("fp16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
     ("bf16", MXFP4, 1000, 1056, 37, PrefillConfig(columns=32)),
+    ("bf16", MXFP4, 1000, 1056, 37, PrefillConfig(columns=64, rows=256, warpgroups=4)),
+    ("e4m3", MXFP4, 1000, 1024, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
     ("bf16", NVFP4, 136, 320, 129, PrefillConfig(columns=128)),
     ("bf16", MXFP4, 1024, 4096, 16, PrefillConfig(columns=16, rows=64, warpgroups=1, ctas=2)),
     ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=256)),
