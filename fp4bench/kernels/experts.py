@@ -1,9 +1,20 @@
-"""The weights of a layer's experts, one behind another in the kernels' layout (`weights`), made one expert at a time.
+"""The weights of a layer's experts, one behind another in the kernels' layout (`weights`) but for three things.
 
-A gated weight (2 i, k), rows of the gate first and then rows of what it gates, is stored in tiles of 16 rows, 8 of each: tile t
-has rows 8 t .. 8 t + 7 of the gate, then the same rows of the other. A lane of the tensor cores holds rows g and g + 8 of a
-tile, so both sides of a product meet in one thread, and the activation costs no exchange. Where i is no multiple of 8 each half
-ends in rows of zeros.
+Columns. A lane of the tensor cores multiplies what it holds of a word with what it holds of x, wherever the columns come from.
+So each 32 columns are in an order in which a lane's share of them is 16 bytes of a row of x that stand together, and x needs
+no exchange of registers: position 16 j + 8 h + 2 t + e, which is word j, half h of lane t (`weights`), is column
+8 t + 4 j + 2 h + e (`COLUMNS`).
+
+NVFP4's scales. The columns of lanes 0 and 1 are then one block of 16, those of lanes 2 and 3 the other: a lane needs one scale
+for two words, as in MXFP4, and half of the instructions. They are int32 (..., 8 g, 2), the last axis t // 2: bytes (columns of
+0-31, row g), (columns of 0-31, row g + 8), (columns of 32-63, row g), (columns of 32-63, row g + 8).
+
+Rows of a gated weight (2 i, k), those of the gate first and then those of what it gates. They are stored in tiles of 16, 8 of
+each: tile t has rows 8 t .. 8 t + 7 of the gate, then the same rows of the other. A lane holds rows g and g + 8 of a tile, so
+both sides of a product meet in one thread, and the activation costs no exchange. Where i is no multiple of 8 each half ends in
+rows of zeros.
+
+They are made one expert at a time.
 """
 
 from collections.abc import Iterable
@@ -13,15 +24,18 @@ import torch
 from torch.nn.functional import pad
 
 from fp4bench.formats import BlockFormat, ScaleRule
-from fp4bench.kernels.weights import TILE_N, PreparedWeight, prepare, restore
+from fp4bench.kernels.weights import TILE_N, PreparedWeight, from_words, prepare, restore, to_words
 from fp4bench.quantize import Quantized
+
+# The column that each of 32 positions holds.
+COLUMNS = tuple(8 * t + 4 * j + 2 * h + e for j in range(2) for h in range(2) for t in range(4) for e in range(2))
 
 _HALF = TILE_N // 2  # rows of each side in a gated tile
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedExperts:
-    """Weights (n, k) of `experts` experts; tiles and units as in `PreparedWeight`, which says what the tensors hold.
+    """Weights (n, k) of `experts` experts; tiles and units as in `PreparedWeight`, which says what they hold but for order.
 
     words: int32 (experts, tiles, units, 32, 4). scales: int32 (experts, tiles, units, 8), NVFP4 (experts, tiles, units, 8, 2).
     row_scale: float32 (experts, 16 tiles). base: uint8 (experts, 16 tiles), MXFP4 alone.
@@ -82,7 +96,7 @@ def prepare_experts(
             )
         if count > experts:
             raise ValueError(f"there are more than {experts} weights")
-        for whole, part in _pairs(stack, one):
+        for whole, part in _pairs(stack, _reordered(one)):
             whole[count - 1] = part
     if stack is None or count < experts:
         raise ValueError(f"there are {count} weights, not {experts}")
@@ -93,8 +107,8 @@ def restore_expert(stack: PreparedExperts, expert: int) -> Quantized:
     """Inverse of `prepare_experts` for one of them, as far as `weights.restore` inverts `weights.prepare`."""
     padded = TILE_N * stack.tiles if stack.gated else stack.n
     one = PreparedWeight(
-        stack.words[expert],
-        stack.scales[expert],
+        _to_natural(stack.words[expert]),
+        _swapped(stack.scales[expert]),
         stack.row_scale[expert],
         None if stack.base is None else stack.base[expert],
         None if stack.tensor_scale is None else stack.tensor_scale[expert],
@@ -137,6 +151,32 @@ def _prepare_one(q: Quantized, gated: bool, operand: torch.dtype) -> PreparedWei
     if one.rest is not None:
         raise ValueError(f"block scales of one row of an expert lie further apart than {operand} reaches")
     return one
+
+
+def _reordered(one: PreparedWeight) -> PreparedWeight:
+    """Columns and NVFP4's scales in the order above."""
+    at = torch.tensor([COLUMNS[p] // 2 for p in range(0, 32, 2)], device=one.words.device)
+    return replace(one, words=_with_pairs(one.words, at), scales=_swapped(one.scales))
+
+
+def _to_natural(words: torch.Tensor) -> torch.Tensor:
+    """Inverse of the reordering of columns."""
+    at = torch.tensor([COLUMNS.index(column) // 2 for column in range(0, 32, 2)], device=words.device)
+    return _with_pairs(words, at)
+
+
+def _with_pairs(words: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Of each 32 columns pair `at[i]` becomes pair i. A pair of columns is a byte of `from_words`."""
+    codes = from_words(words).unflatten(-1, (-1, 16))
+    return to_words(codes[..., at].flatten(-2))
+
+
+def _swapped(scales: torch.Tensor) -> torch.Tensor:
+    """NVFP4's scales by block of 32 columns, then by half of the unit; or back. MXFP4's as they are."""
+    if scales.dim() == 3:
+        return scales
+    of_rows = scales.view(torch.uint8).unflatten(-1, (2, 2, 2))
+    return of_rows.transpose(-3, -2).contiguous().flatten(-3).view(torch.int32)
 
 
 def _empty(one: PreparedWeight, q: Quantized, experts: int, gated: bool) -> PreparedExperts:

@@ -16,7 +16,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fp4bench.kernels.decode import _product, _product_constraints, _transpose
+from fp4bench.kernels import fragments
 from fp4bench.kernels.experts import PreparedExperts
 from fp4bench.kernels.routing import BLOCK_FIELDS, most_blocks
 from fp4bench.kernels.weights import UNIT_K
@@ -35,7 +35,6 @@ class GroupedConfig:
     block: pairs of a block, 8 or 16. With 16 the blocks of up to 8 pairs take the shorter way too.
     tiles: of 16 weight rows, that a CTA computes, 1 to 8. Each warp holds one unit of 64 columns of each in registers.
     warps: of a CTA, 4 or 8; they split k.
-    exchange: read x 16 bytes a lane and exchange them among lanes, instead of 4 bytes a lane where they are needed.
     ahead: hold x of the next unit while one is computed.
     max_registers: of a thread, None for the compiler's choice.
     """
@@ -43,7 +42,6 @@ class GroupedConfig:
     block: int = 8
     tiles: int = 4
     warps: int = 4
-    exchange: bool = True
     ahead: bool = False
     max_registers: int | None = None
 
@@ -164,12 +162,50 @@ def _launch(
         HAS_BIAS=bias is not None,
         ACTIVATION=name,
         ALL_COLUMNS=k % UNIT_K == 0,
-        EXCHANGE=config.exchange and k % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0,
+        ALIGNED=k % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0,
         AHEAD=config.ahead,
         num_warps=config.warps,
         launch_pdl=pdl,
         maxnreg=config.max_registers,
     )
+
+
+# --- PTX --------------------------------------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def _product(columns: int, two_level: bool, half: bool) -> str:
+    """acc += A B for one unit of a tile: 4 words, the lane's scales, and x for `columns` columns.
+
+    Operands, four registers each: columns / 8 accumulators; words; four copies of the scales; x of columns 0 to 31 and 32 to 63
+    of the unit, for each 8 columns; the accumulators again.
+    """
+    blocks = columns // 8
+    words = 4 * blocks
+    x = words + 8
+    kind = "f16" if half else "bf16"
+    decode = fragments.to_float16 if half else fragments.to_bfloat16
+    a = ("a0", "a1", "a2", "a3")
+    text = ".reg .b32 u, low, high, a0, a1, a2, a3;\n"
+    for slab in range(4):
+        if slab % 2 == 0:
+            text += fragments.multiplier(f"${words + 4}", slab, "low", two_level=two_level, half=half)
+            text += fragments.multiplier(f"${words + 4}", slab + 1, "high", two_level=two_level, half=half)
+        text += decode(f"${words + slab}", a, "u")
+        text += "".join(f"mul.rn.{kind}x2 {a[i]}, {a[i]}, {('low', 'high')[i % 2]};\n" for i in range(4))
+        for block in range(blocks):
+            acc = ", ".join(f"${4 * block + i}" for i in range(4))
+            b = f"${x + 8 * block + 2 * slab}, ${x + 8 * block + 2 * slab + 1}"
+            text += (
+                f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{acc}}}, {{a0, a1, a2, a3}}, {{{b}}}, {{{acc}}};\n"
+            )
+    return "{\n" + text + "}"
+
+
+@gluon.constexpr_function
+def _product_constraints(columns: int) -> str:
+    registers = columns // 2
+    return ",".join(["=&f"] * registers + ["r"] * (8 + columns) + [str(i) for i in range(registers)])
 
 
 # --- Kernel -----------------------------------------------------------------------------------------------------------------
@@ -202,7 +238,7 @@ def _grouped(
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     ALL_COLUMNS: gl.constexpr,
-    EXCHANGE: gl.constexpr,
+    ALIGNED: gl.constexpr,
     AHEAD: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
     # Four registers a thread: a lane's words of a unit, its x of 32 columns, or its accumulators.
@@ -225,9 +261,10 @@ def _grouped(
         first = gl.minimum(gl.program_id(0) * TILES, tiles - TILES)
         tile = expert.to(gl.int64) * tiles + first
         words_at = words + tile * (UNITS * 128) + (warp * 128 + lane * 4)[:, None] + four
-        scales_at = scales.to(gl.pointer_type(gl.int64), bitcast=True) if TWO_LEVEL else scales
-        scales_at = scales_at + tile * (UNITS * 8) + (warp * 8 + lane // 4)
-        unit = _load_unit(words_at, scales_at, 0, warp, UNITS, WARPS, TILES)
+        # NVFP4's scale is of the lane's columns of 32: the first 16 of them or the others.
+        PER_G: gl.constexpr = 2 if TWO_LEVEL else 1
+        scales_at = scales + tile * (UNITS * 8 * PER_G) + (warp * 8 + lane // 4) * PER_G + lane % 4 * PER_G // 4
+        unit = _load_unit(words_at, scales_at, 0, warp, UNITS, WARPS, TILES, TWO_LEVEL)
         if ACTIVATION == "":
             # Everything above is the weight's. x is of the kernel before.
             gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
@@ -254,7 +291,7 @@ def _grouped(
                     HAS_BIAS,
                     ACTIVATION,
                     ALL_COLUMNS,
-                    EXCHANGE,
+                    ALIGNED,
                     AHEAD,
                     FOUR,
                 )
@@ -275,7 +312,7 @@ def _grouped(
                 HAS_BIAS,
                 ACTIVATION,
                 ALL_COLUMNS,
-                EXCHANGE,
+                ALIGNED,
                 AHEAD,
                 FOUR,
             )
@@ -302,12 +339,12 @@ def _compute(
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     ALL_COLUMNS: gl.constexpr,
-    EXCHANGE: gl.constexpr,
+    ALIGNED: gl.constexpr,
     AHEAD: gl.constexpr,
     FOUR: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
     """A block of up to COLUMNS pairs by the tiles of this CTA."""
-    acc = _sums(operands, at, pairs, thread, UNITS, STEPS, TILES, WARPS, COLUMNS, TWO_LEVEL, ALL_COLUMNS, EXCHANGE, AHEAD, FOUR)
+    acc = _sums(operands, at, pairs, thread, UNITS, STEPS, TILES, WARPS, COLUMNS, TWO_LEVEL, ALL_COLUMNS, ALIGNED, AHEAD, FOUR)
     _store(acc, results, operands[4], at, pairs, first, TILES, WARPS, COLUMNS, HAS_BIAS, ACTIVATION)
 
 
@@ -324,7 +361,7 @@ def _sums(
     COLUMNS: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
     ALL_COLUMNS: gl.constexpr,
-    EXCHANGE: gl.constexpr,
+    ALIGNED: gl.constexpr,
     AHEAD: gl.constexpr,
     FOUR: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
@@ -336,28 +373,38 @@ def _sums(
     for _ in gl.static_range(TILES * (COLUMNS // 8)):
         acc = acc + (gl.zeros([32 * WARPS, 4], gl.float32, FOUR),)
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16
-    b = _load_x(rows, pairs, 0, thread, k, UNITS, WARPS, COLUMNS, ALL_COLUMNS, EXCHANGE, FOUR)
+    b = _load_x(rows, pairs, 0, thread, k, UNITS, WARPS, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
     for step in range(1, STEPS):
         if AHEAD:
-            next_b = _load_x(rows, pairs, step, thread, k, UNITS, WARPS, COLUMNS, ALL_COLUMNS, EXCHANGE, FOUR)
+            next_b = _load_x(rows, pairs, step, thread, k, UNITS, WARPS, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
         acc = _multiply(unit, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
-        unit = _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES)
+        unit = _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES, TWO_LEVEL)
         if not AHEAD:
-            next_b = _load_x(rows, pairs, step, thread, k, UNITS, WARPS, COLUMNS, ALL_COLUMNS, EXCHANGE, FOUR)
+            next_b = _load_x(rows, pairs, step, thread, k, UNITS, WARPS, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
         b = next_b
     return _multiply(unit, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
 
 
 @gluon.jit
-def _load_unit(words_at, scales_at, step, warp, UNITS: gl.constexpr, WARPS: gl.constexpr, TILES: gl.constexpr):  # type: ignore[no-untyped-def]
-    """A unit of each tile: int32 [threads, 4], the lane's words, and int32 or int64 [threads], the scales of rows g and g + 8.
+def _load_unit(
+    words_at,
+    scales_at,
+    step,
+    warp,
+    UNITS: gl.constexpr,
+    WARPS: gl.constexpr,
+    TILES: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+):  # type: ignore[no-untyped-def]
+    """A unit of each tile: int32 [threads, 4], the lane's words, and int32 [threads], the scales of rows g and g + 8.
 
     Beyond the last unit zeros.
     """
+    PER_UNIT: gl.constexpr = 16 if TWO_LEVEL else 8
     unit = ()  # type: ignore[var-annotated]
     for tile in gl.static_range(TILES):
         word = words_at + tile * (UNITS * 128) + step * (WARPS * 128)
-        scale = scales_at + tile * (UNITS * 8) + step * (WARPS * 8)
+        scale = scales_at + tile * (UNITS * PER_UNIT) + step * (WARPS * PER_UNIT)
         if UNITS % WARPS == 0:
             w = gl.load(word, eviction_policy="evict_first")
             s = gl.load(scale)
@@ -394,12 +441,11 @@ def _load_x(
     WARPS: gl.constexpr,
     COLUMNS: gl.constexpr,
     ALL_COLUMNS: gl.constexpr,
-    EXCHANGE: gl.constexpr,
+    ALIGNED: gl.constexpr,
     FOUR: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
     """x as the B operand of a unit. -> for each 8 rows of x two int32 [threads, 4], of 32 columns of the unit each."""
     lane = thread % 32
-    t = (lane % 4)[:, None]
     unit = step * WARPS + thread // 32
     four = gl.arange(0, 4, layout=gl.SliceLayout(0, FOUR))[None, :]
     b = ()  # type: ignore[var-annotated]
@@ -407,17 +453,13 @@ def _load_x(
         inside = lane // 4 + 8 * (i // 2) < pairs
         if UNITS % WARPS != 0:
             inside = inside & (unit < UNITS)
-        pair_of_columns = unit[:, None] * 32 + 16 * (i % 2) + ((4 * t + four) if EXCHANGE else (4 * four + t))
+        two_columns = unit[:, None] * 32 + 16 * (i % 2) + 4 * (lane % 4)[:, None] + four
         mask = inside[:, None]
         if not ALL_COLUMNS:
-            mask = mask & (2 * pair_of_columns < k)
-        raw = gl.load(rows[i // 2] + pair_of_columns, mask=mask, other=0)
-        if EXCHANGE:
-            lanes = lane[:, None] + gl.zeros_like(raw)
-            raw = gl.inline_asm_elementwise(
-                _transpose(), "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [raw, lanes], dtype=gl.int32, is_pure=True, pack=4
-            )
-        b = b + (raw,)
+            # Where k is a multiple of 8 a lane's 16 bytes are inside or not.
+            first_of_lane = (unit * 64 + 32 * (i % 2) + 8 * (lane % 4))[:, None]
+            mask = mask & ((first_of_lane if ALIGNED else 2 * two_columns) < k)
+        b = b + (gl.load(rows[i // 2] + two_columns, mask=mask, other=0),)
     return b
 
 
@@ -428,18 +470,12 @@ def _multiply(unit, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEVE
     for tile in gl.static_range(TILES):
         w = unit[2 * tile]
         s = unit[2 * tile + 1]
-        if TWO_LEVEL:
-            scales = (
-                (s & 0xFFFFFFFF).to(gl.int32)[:, None] + gl.zeros_like(w),
-                (s >> 32).to(gl.int32)[:, None] + gl.zeros_like(w),
-            )
-        else:
-            scales = (s[:, None] + gl.zeros_like(w),)
+        scales = s[:, None] + gl.zeros_like(w)
         if COLUMNS == 8:
             one = gl.inline_asm_elementwise(
                 _product(COLUMNS, TWO_LEVEL, HALF),
-                _product_constraints(COLUMNS, TWO_LEVEL),
-                (w,) + scales + b + (acc[tile],),
+                _product_constraints(COLUMNS),
+                (w, scales) + b + (acc[tile],),
                 dtype=gl.float32,
                 is_pure=True,
                 pack=4,
@@ -448,8 +484,8 @@ def _multiply(unit, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEVE
         else:
             sums = sums + gl.inline_asm_elementwise(
                 _product(COLUMNS, TWO_LEVEL, HALF),
-                _product_constraints(COLUMNS, TWO_LEVEL),
-                (w,) + scales + b + (acc[2 * tile], acc[2 * tile + 1]),
+                _product_constraints(COLUMNS),
+                (w, scales) + b + (acc[2 * tile], acc[2 * tile + 1]),
                 dtype=(gl.float32, gl.float32),
                 is_pure=True,
                 pack=4,

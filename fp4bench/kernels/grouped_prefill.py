@@ -7,6 +7,9 @@ A block of no more than 16 or 32 pairs is multiplied as one of 16 or 32.
 
 CTAs are persistent and take tiles in turn, those of a block one after another: its rows, and the weights of an expert with
 several blocks, are in the L2 the next time.
+
+Rows come from shared memory in the order of the fragments, so columns of x are in the order that the weights have them in
+(`experts.COLUMNS`): `routing.gather` brings them into it, and the first product leaves its results in it for the second.
 """
 
 from math import ceil
@@ -19,8 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from fp4bench.kernels.experts import PreparedExperts
 from fp4bench.kernels.grouped import _activated, activation_arguments, padded
-from fp4bench.kernels.prefill import _SHARED_BYTES, PrefillConfig, _decode, _descriptor, _sms
+from fp4bench.kernels.prefill import _SHARED_BYTES, PrefillConfig, _descriptor, _powers, _sms, _words_layout
 from fp4bench.kernels.routing import BLOCK_FIELDS, most_blocks
+from fp4bench.kernels.unpack import assembly
 from fp4bench.kernels.weights import TILE_N, UNIT_K
 from fp4bench.models import Activation
 
@@ -53,9 +57,9 @@ def product(
     """The product of each position's row with its expert's weight, plus bias, rounded once.
 
     With an activation, of a gated weight: out[position] = activation(...), out (pairs, padded(n / 2)), of which n / 2 columns
-    are written. Without: out[pair at the position], out (pairs, n).
-    x: (pairs, padded(k)), contiguous, rows in the order of pairs; bfloat16, or float8_e4m3fn in `weights.E4M3_ORDER` with
-    x_scale, float32 (pairs). out: bfloat16 or float32, contiguous. bias: float32 (experts, 16 tiles), in the tiles' order.
+    are written, in the order that x has. Without: out[pair at the position], out (pairs, n).
+    x: (pairs, padded(k)), contiguous, as `routing.gather` makes it; bfloat16, or float8_e4m3fn with x_scale, float32 (pairs).
+    out: bfloat16 or float32, contiguous. bias: float32 (experts, 16 tiles), in the tiles' order.
     positions, blocks: of `routing.order`, with blocks of `config.columns`.
     """
     pairs = positions.shape[0]
@@ -110,7 +114,59 @@ def product(
     )
 
 
-# --- Device code ------------------------------------------------------------------------------------------------------------
+# --- Device code: decoding --------------------------------------------------------------------------------------------------
+
+_BF16_MX, _SIXTEEN = (gl.constexpr(text) for text in assembly("bf16", False))
+_BF16_NV = gl.constexpr(assembly("bf16", True, of_lane=True)[0])
+_E4M3_MX, _EIGHT = (gl.constexpr(text) for text in assembly("e4m3", False))
+_AS_BF16 = gl.constexpr((gl.bfloat16,) * 8)
+_AS_E4M3 = gl.constexpr((gl.float8e4nv,) * 8)
+
+
+@gluon.constexpr_function
+def _scales_layout(repeats, units, per_g):
+    """int32 (4 repeats, 8 per_g units): a lane has the word of its g = lane // 4, of two that of its half of t = lane % 4."""
+    registers = [[0, 8 * per_g * p] for p in _powers(units)] + [[4 * p, 0] for p in _powers(repeats)]
+    lanes = [[0, 0], [0, per_g - 1]] + [[0, per_g << i] for i in range(3)]
+    return gl.DistributedLinearLayout(registers, lanes, [[1, 0], [2, 0]], [], [4 * repeats, 8 * per_g * units])
+
+
+@gluon.jit
+def _decode(
+    words,
+    scales,
+    REPEATS: gl.constexpr,
+    UNITS: gl.constexpr,
+    FORM: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    OPERAND: gl.constexpr,
+):
+    """Shared memory of words and scales -> (64 REPEATS, 64 UNITS) in the registers of the A operand. No data moves."""
+    PER_G: gl.constexpr = 2 if TWO_LEVEL else 1
+    WORDS: gl.constexpr = _words_layout(REPEATS, UNITS)
+    SCALES: gl.constexpr = _scales_layout(REPEATS, UNITS, PER_G)
+    w = words.load(WORDS).reshape([4 * REPEATS, UNITS, 8, PER_G, 4 // PER_G, 4])
+    LANES: gl.constexpr = w.type.layout
+    s = scales.load(SCALES).reshape([4 * REPEATS, UNITS, 8, PER_G])
+    s = gl.convert_layout(s, gl.SliceLayout(4, gl.SliceLayout(5, LANES)), assert_trivial=True)
+    s, w = gl.broadcast(gl.expand_dims(gl.expand_dims(s, 4), 5), w)
+    # Volatile, so that it stays before the wgmma that it is written before.
+    if FORM == "e4m3":
+        q0, q1, q2, q3, q4, q5, q6, q7 = gl.inline_asm_elementwise(_E4M3_MX, _EIGHT, [w, s], _AS_E4M3, False, 4)
+    else:
+        CODE: gl.constexpr = _BF16_NV if TWO_LEVEL else _BF16_MX
+        q0, q1, q2, q3, q4, q5, q6, q7 = gl.inline_asm_elementwise(CODE, _SIXTEEN, [w, s], _AS_BF16, False, 4)
+    q = gl.join(gl.join(gl.join(q0, q1), gl.join(q2, q3)), gl.join(gl.join(q4, q5), gl.join(q6, q7)))
+    if FORM == "e4m3":
+        # repeat, warp, unit, g, t, byte, high row, word's two bits -> repeat, warp, high row, g; unit, word, t, byte
+        q = q.reshape([REPEATS, 4, UNITS, 8, 4, 4, 2, 2, 2]).permute([0, 1, 6, 3, 2, 8, 7, 4, 5])
+    else:
+        # repeat, warp, unit, g, t, h, e, high row, word's two bits -> repeat, warp, high row, g; unit, word, h, t, e
+        q = q.reshape([REPEATS, 4, UNITS, 8, 4, 2, 2, 2, 2, 2]).permute([0, 1, 7, 3, 2, 9, 8, 5, 4, 6])
+    return gl.convert_layout(q.reshape([64 * REPEATS, 64 * UNITS]), OPERAND, assert_trivial=True)
+
+
+# --- Device code: who does what ---------------------------------------------------------------------------------------------
 
 
 @gluon.jit
@@ -261,18 +317,23 @@ def _store(
         # Rows g and g + 8 of a tile are in one thread.
         sides = gl.permute(gl.reshape(y, [ROWS // 16, 2, 8, COLUMNS]), (0, 2, 3, 1))
         gate, up = gl.split(sides)
-        y = gl.reshape(_activated(gate, up, alpha, limit, ACTIVATION), [ROWS // 2, COLUMNS])
+        y = gl.reshape(_activated(gate, up, alpha, limit, ACTIVATION), [ROWS // 64, 4, 2, 2, 2, COLUMNS])
+        # Of each 32 rows 8 t + 4 j + 2 h + e becomes 16 j + 8 h + 2 t + e.
+        y = gl.reshape(gl.permute(y, (0, 2, 3, 1, 4, 5)), [ROWS // 2, COLUMNS])
         n0 = n0 // 2
     HEIGHT: gl.constexpr = y.shape[0]
     LANES: gl.constexpr = HEIGHT // 8 if HEIGHT < 128 else 16
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
     transposed = gl.convert_layout(gl.permute(y.to(out.dtype.element_ty), (1, 0)), OUT)
     row = gl.arange(0, COLUMNS, gl.SliceLayout(1, OUT))
-    column = n0 + gl.arange(0, HEIGHT, gl.SliceLayout(0, OUT))
+    place = n0 + gl.arange(0, HEIGHT, gl.SliceLayout(0, OUT))
+    column = place
     to = first + row
     if ACTIVATION == "":
         to = gl.load(positions + to, mask=row < pairs, other=0)
-    at = out + to.to(gl.int64)[:, None] * out_stride + column[None, :]
+    else:
+        column = place // 32 * 32 + place % 8 // 2 * 8 + place % 32 // 16 * 4 + place % 16 // 8 * 2 + place % 2
+    at = out + to.to(gl.int64)[:, None] * out_stride + place[None, :]
     gl.store(at, transposed, mask=(row < pairs)[:, None] & (column < columns)[None, :])
 
 

@@ -80,8 +80,8 @@ class Workspace:
     """What the kernels of a call leave to one another, rows in the order of pairs but for the first and the last.
 
     positions, blocks: as in `routing`. hidden: (pairs, i padded to 64), zeros beyond i. slots: float32 (pairs, hidden).
-    rows: x (pairs, hidden padded to 64), for `grouped_prefill`. In w4a8 it is E4M3 with `scales`, from `quantized` (m), and so
-    is `hidden_quantized`.
+    rows: x (pairs, hidden padded to 64), for `grouped_prefill`, columns of it and of hidden in the order of `routing.gather`.
+    In w4a8 it is E4M3 with `scales`, from `quantized` (m), and so is `hidden_quantized`.
     """
 
     positions: torch.Tensor
@@ -135,7 +135,7 @@ def workspace(
         torch.empty(pairs, layer.hidden, dtype=torch.float32, device=device),
         torch.empty(pairs, k, dtype=torch.float8_e4m3fn if fp8 else dtype, device=device) if wide else None,
         torch.empty(pairs, dtype=torch.float32, device=device) if fp8 else None,
-        _empty_rows(m, k, device) if fp8 else None,
+        _empty_rows(m, layer.hidden, device) if fp8 else None,
         _empty_rows(pairs, between, device) if fp8 else None,
     )
 
@@ -251,18 +251,17 @@ def _wide_phases(
             "gemm1": gemm1,
             "gemm2": lambda: gemm2(hidden, None),
         }
-    between = hidden[:, : layer.second.k]
     return {
-        "quantize": lambda: _quantize(x, of_x),
+        "quantize": lambda: _quantize(x, of_x, fragments=False),
         "gather": lambda: routing.gather(of_x.values, positions, topk, rows, of_x.scales, space.scales),
         "gemm1": gemm1,
-        "quantize2": lambda: _quantize(between, of_hidden),
+        "quantize2": lambda: _quantize(hidden, of_hidden, fragments=True),
         "gemm2": lambda: gemm2(of_hidden.values, of_hidden.scales),
     }
 
 
-def _quantize(x: torch.Tensor, out: RowQuantized) -> None:
-    quantize_fp8_rows(x, fragments=True, out=out)
+def _quantize(x: torch.Tensor, out: RowQuantized, fragments: bool) -> None:
+    quantize_fp8_rows(x, fragments=fragments, out=out)
 
 
 def _block(config: GroupedConfig | PrefillConfig) -> int:

@@ -69,12 +69,20 @@ def gather(
     scales: torch.Tensor | None = None,
     out_scales: torch.Tensor | None = None,
 ) -> None:
-    """The rows of tokens in the order of pairs. rows: (m, k), the last axis contiguous; out: (pairs, k or more), zero behind k.
+    """The rows of tokens in the order of pairs, their columns as wgmma needs them for weights of `experts`.
 
-    scales: float32 (m), of the rows; out_scales: float32 (pairs). Both or neither; elements of one or two bytes.
+    rows: (m, k), bfloat16 or float8_e4m3fn, the last axis contiguous. out: (pairs, k padded to 32 or more), zero for columns
+    from k on; position p of it has column `experts.COLUMNS[p]` of each 32, E4M3 in the order of `weights.E4M3_ORDER` by 16.
+    scales: float32 (m), of the rows; out_scales: float32 (pairs). Both or neither.
     """
     pairs, k = positions.shape[0], rows.shape[1]
-    if out.shape[0] != pairs or out.shape[1] < k or out.dtype != rows.dtype or pairs != rows.shape[0] * topk:
+    if (
+        out.shape[0] != pairs
+        or out.shape[1] < k
+        or out.shape[1] % 32
+        or out.dtype != rows.dtype
+        or pairs != rows.shape[0] * topk
+    ):
         raise ValueError(f"{pairs} pairs of {tuple(rows.shape)} {rows.dtype} do not fit {tuple(out.shape)} {out.dtype}")
     if pairs == 0:
         return
@@ -93,6 +101,7 @@ def gather(
         rows.stride(0),
         out.stride(0),
         COLUMNS=columns,
+        BYTES=bits is torch.uint8,
         HAS_SCALES=scales is not None,
         num_warps=4,
     )
@@ -185,14 +194,22 @@ def _gather(  # type: ignore[no-untyped-def]
     stride,
     out_stride,
     COLUMNS: tl.constexpr,
+    BYTES: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
     position = tl.program_id(0)
     # Positions of choices that were left out hold anything: no row that is read must lie outside.
     token = tl.minimum(tl.maximum(tl.load(positions + position) // topk, 0), m - 1)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    # A place is lane t's, half h of word j, the even or the odd one of a pair (e).
+    j, sixteenth = place % 32 // 16, place % 16
+    if BYTES:
+        h, t, e = sixteenth % 2, sixteenth // 4, sixteenth // 2 % 2
+    else:
+        h, t, e = sixteenth // 8, sixteenth // 2 % 4, sixteenth % 2
+    column = place // 32 * 32 + 8 * t + 4 * j + 2 * h + e
     value = tl.load(rows + token.to(tl.int64) * stride + column, mask=column < k, other=0)
-    tl.store(out + position.to(tl.int64) * out_stride + column, value, mask=column < k_out)
+    tl.store(out + position.to(tl.int64) * out_stride + place, value, mask=place < k_out)
     if HAS_SCALES:
         if tl.program_id(1) == 0:
             tl.store(out_scales + position, tl.load(scales + token))

@@ -16,26 +16,27 @@ FORMS = ("bf16", "fp16", "e4m3")
 _PAIR = "0x81C081C0"  # sign, two exponent bits and mantissa of a bfloat16 pair
 
 
-def assembly(form: str, two_level: bool) -> tuple[str, str]:
+def assembly(form: str, two_level: bool, of_lane: bool = False) -> tuple[str, str]:
     """-> (PTX, constraints) of the operands: results, four words, four scale words (MXFP4: four times the same one).
 
-    form: one of FORMS, the type of the results. two_level: NVFP4's scales, of 16 columns. Raises ValueError for NVFP4 as E4M3.
+    form: one of FORMS, the type of the results. two_level: NVFP4's scales, of 16 columns. of_lane: they are those of a lane's
+    columns, two words at a time, as `experts` has them: four times the same word too. Raises ValueError for NVFP4 as E4M3.
     """
     if form == "e4m3":
         if two_level:
             raise ValueError("NVFP4 does not fit E4M3")
         return _eight_bits(), ",".join(["=&r"] * 8 + ["r"] * 8)
-    return _sixteen_bits(form, two_level), ",".join(["=&r"] * 16 + ["r"] * 8)
+    return _sixteen_bits(form, two_level, of_lane), ",".join(["=&r"] * 16 + ["r"] * 8)
 
 
-def _sixteen_bits(form: str, two_level: bool) -> str:
+def _sixteen_bits(form: str, two_level: bool, of_lane: bool) -> str:
     pairs, multiply = (_pairs_bf16, "mul.rn.bf16x2") if form == "bf16" else (_pairs_fp16, "mul.rn.f16x2")
     lines = [".reg .b32 u, t0, t1, a0, a1, a2, a3;"]
     for j in range(4):
-        if two_level:
+        if two_level and not of_lane:
             lines += _multiplicands_e5m3(form, f"${20 + j // 2 * 2}", 2 * (j % 2))
         elif j % 2 == 0:
-            lines += _multiplicands_e8m0(form, "$20", j)
+            lines += (_multiplicands_e5m3 if two_level else _multiplicands_e8m0)(form, "$20", j)
         lines += pairs(f"${16 + j}")
         # Pair i is row i % 2 of half i // 2.
         lines += [f"{multiply} ${2 * (2 * j + i % 2) + i // 2}, a{i}, t{i % 2};" for i in range(4)]

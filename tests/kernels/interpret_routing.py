@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from interpreting import put_right
 
 from fp4bench.kernels import routing
+from fp4bench.kernels.experts import COLUMNS
+from fp4bench.kernels.weights import E4M3_ORDER
 
 UNTOUCHED = -7
 
@@ -87,16 +89,20 @@ def check_gather():
         rows = torch.randn(m, k + 3, generator=generator).to(dtype)[:, :k]
         scales, out_scales = torch.rand(m, generator=generator), torch.full((m * topk,), torch.nan)
         positions = torch.randperm(m * topk, generator=generator, dtype=torch.int32)
-        out = torch.full((m * topk, k + 2), 7.0).to(dtype)
+        out = torch.full((m * topk, k + -k % 64), 7.0).to(dtype)
         with_scales = dtype is torch.float8_e4m3fn
         routing.gather(rows, positions, topk, out, *((scales, out_scales) if with_scales else ()))
         tokens = positions.long() // topk
-        assert torch.equal(out.float(), torch.nn.functional.pad(rows.float()[tokens], (0, 2)))
-        assert torch.equal(out_scales, scales[tokens]) or not with_scales
+        natural = torch.nn.functional.pad(rows.float()[tokens], (0, -k % 64)).unflatten(1, (-1, 32))
+        want = natural[..., torch.tensor(COLUMNS)]
+        if with_scales:
+            want = want.unflatten(2, (2, 16))[..., torch.tensor(E4M3_ORDER)].flatten(2)
+            assert torch.equal(out_scales, scales[tokens])
+        assert torch.equal(out.float(), want.flatten(1))
     # Positions that were never written do not lead out of x.
-    out = torch.zeros(4, 8, dtype=torch.bfloat16)
+    out = torch.zeros(4, 32, dtype=torch.bfloat16)
     lost = torch.tensor([-(2**31), 2**31 - 1, 0, 9], dtype=torch.int32)
-    routing.gather(torch.ones(2, 8, dtype=torch.bfloat16), lost, 2, out)
+    routing.gather(torch.ones(2, 32, dtype=torch.bfloat16), lost, 2, out)
     assert out.eq(1).all()
 
 

@@ -7,8 +7,8 @@ import torch
 
 from fp4bench.formats import MXFP4, NVFP4
 from fp4bench.kernels import weights
-from fp4bench.kernels.experts import gated_rows, prepare_experts, restore_expert
-from fp4bench.quantize import quantize
+from fp4bench.kernels.experts import COLUMNS, gated_rows, prepare_experts, restore_expert
+from fp4bench.quantize import Quantized, quantize
 
 each_format = pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
 
@@ -32,15 +32,37 @@ def test_experts_come_back_as_they_were(n, gated, fmt):
         assert (back.tensor_scale, back.k, back.format) == (q.tensor_scale, q.k, q.format)
 
 
-@each_format
-def test_a_plain_expert_is_what_weights_prepare_makes(fmt):
-    made = quantized(2, 32, 64, fmt)
-    stack = prepare_experts(made, 2, gated=False)
-    for expert, q in enumerate(made):
-        one = weights.prepare(q)
-        assert torch.equal(stack.words[expert], one.words)
-        assert torch.equal(stack.scales[expert], one.scales)
-        assert torch.equal(stack.row_scale[expert], one.row_scale)
+def test_a_lane_has_eight_columns_that_stand_together():
+    # Of each 32 columns lane t holds, in words 2 w and 2 w + 1, registers of columns 8 t, 8 t + 1, ..., 8 t + 7.
+    for t in range(4):
+        held = [COLUMNS[16 * j + 8 * h + 2 * t + e] for j in range(2) for h in range(2) for e in range(2)]
+        assert held == list(range(8 * t, 8 * t + 8))
+    # Code 7 at column 13 of row 3 alone: lane 1's of row 3, word 1, its first pair's odd column (13 = 8 + 4 + 0 + 1).
+    codes = torch.zeros(16, 32, dtype=torch.uint8)
+    codes[3, 13 // 2] = 0x70
+    q = Quantized(codes, torch.full((16, 2), 127, dtype=torch.uint8), None, MXFP4, MXFP4.default_rule, None, 64)
+    words = prepare_experts([replace(q, scales=q.scales.view(MXFP4.scale_dtype))], 1, gated=False).words
+    assert words.nonzero().tolist() == [[0, 0, 0, 4 * 3 + 1, 1]]
+    assert words.abs().max() == sum(1 << bit for bit in weights.CODE_BITS[0][1][:3])
+
+
+def test_an_nvfp4_scale_is_that_of_the_lanes_columns():
+    # 16 rows of one unit; the scale of block b of row r is 2**(b - 2) for r < 8 and 2**(b + 2) beyond.
+    values = torch.exp2(torch.arange(4.0)[None, :] + torch.where(torch.arange(16) < 8, -2.0, 2.0)[:, None])
+    q = Quantized(
+        torch.full((16, 32), 0x22, dtype=torch.uint8),
+        values.to(NVFP4.scale_dtype),
+        torch.tensor(1.0),
+        NVFP4,
+        NVFP4.default_rule,
+        None,
+        64,
+    )
+    stored = prepare_experts([q], 1, gated=False).scales.view(torch.uint8).view(1, 1, 1, 8, 2, 4)
+    of_value = {2.0**e: (e + 22) * 8 for e in range(-2, 6)}  # E5M3 of bias 22
+    for c in range(2):  # t // 2: of 32 columns the first 16 or the others
+        want = [of_value[2.0 ** (2 * half + c + offset)] for half in range(2) for offset in (-2, 2)]
+        assert stored[0, 0, 0, :, c].tolist() == [want] * 8
 
 
 def test_a_gated_tile_is_eight_rows_of_each_side():

@@ -1,8 +1,10 @@
-"""The products of a MoE layer for few tokens an expert: compiled and read. Their assembly is that of test_decode.py, which runs
-it in numpy; what they compute is tested on a GPU only, in test_moe.py."""
+"""The products of a MoE layer for few tokens an expert. Their assembly runs here, in numpy (`ptx`), against decoded weights;
+the kernel around it is compiled and read. What the whole computes is tested on a GPU only, in test_moe.py."""
 
 import re
 
+import numpy as np
+import ptx
 import pytest
 import torch
 
@@ -10,12 +12,56 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 
 from compiling import compile_gluon, resources  # noqa: E402
 
-from fp4bench.formats import MXFP4  # noqa: E402
+from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
 from fp4bench.kernels import grouped, routing  # noqa: E402
 from fp4bench.kernels.experts import prepare_experts  # noqa: E402
 from fp4bench.kernels.grouped import GroupedConfig  # noqa: E402
 from fp4bench.models import SILU, Activation  # noqa: E402
-from fp4bench.quantize import quantize  # noqa: E402
+from fp4bench.quantize import decode, quantize  # noqa: E402
+
+# --- The assembly, run in numpy ---------------------------------------------------------------------------------------------
+
+
+def emulated(stack, x, dtype):
+    """x W^T of the first expert without the epilogue, as a warp computes it. x (8 or 16, k) -> float64 (rows, 16 tiles)."""
+    columns = len(x)
+    text = grouped._product(columns, stack.format.has_tensor_scale, dtype is torch.float16)
+    words, scales = (tensor[0].numpy().view(np.uint32) for tensor in (stack.words, stack.scales))
+    g, t = ptx.LANES // 4, ptx.LANES % 4
+    out = np.zeros((columns, 16 * stack.tiles))
+    for tile in range(stack.tiles):
+        acc = [np.zeros(32) for _ in range(columns // 2)]
+        for unit in range(stack.units):
+            of_lane = scales[tile, unit][g, t // 2] if stack.format.has_tensor_scale else scales[tile, unit][g]
+            # A lane's 16 bytes of 32 columns of a row of x, as they stand there.
+            loaded = []
+            for rows in range(0, columns, 8):
+                for i in range(8):
+                    column = 64 * unit + 32 * (i // 4) + 8 * t + 2 * (i % 4)
+                    both = torch.stack((x[rows + g, column], x[rows + g, column + 1]), dim=-1)
+                    loaded.append(ptx.registers(both, dtype))
+            operands = [*acc, *(words[tile, unit, :, j] for j in range(4)), *[of_lane] * 4, *loaded, *acc]
+            acc = ptx.run(text, operands)[: len(acc)]
+        for i, sums in enumerate(acc):
+            out[8 * (i // 4) + 2 * t + i % 2, 16 * tile + g + 8 * (i % 4 // 2)] = sums
+    return out * stack.row_scale[0].double().numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
+@pytest.mark.parametrize("columns", [8, 16])
+def test_the_assembly_multiplies_exactly(columns, fmt, dtype):
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn(columns, 128, generator=generator).to(dtype)
+    w = torch.randn(32, 128, generator=generator) * torch.exp2(torch.randn(32, 8, generator=generator)).repeat_interleave(16, 1)
+    q = quantize(w, fmt)
+    stack = prepare_experts([q], 1, gated=False, operand=dtype)
+    want = (x.double() @ decode(q, torch.float64).T).numpy()
+    # Sums of multiples of a power of two: float64 is exact. Only 1 / S is rounded, to float32.
+    np.testing.assert_allclose(emulated(stack, x, dtype), want, rtol=0 if fmt is MXFP4 else 2e-7)
+
+
+# --- Compiled, not run ------------------------------------------------------------------------------------------------------
 
 
 def compiled(k=7168, block=8, two_level=True, tiles=4, warps=4, activation="silu", **constants):
@@ -27,7 +73,7 @@ def compiled(k=7168, block=8, two_level=True, tiles=4, warps=4, activation="silu
     constants = {
         **{"UNITS": units, "STEPS": -(-units // warps), "TILES": tiles, "WARPS": warps, "BLOCK": block},
         **{"TWO_LEVEL": two_level, "HAS_BIAS": False, "ACTIVATION": activation, "ALL_COLUMNS": k % 64 == 0},
-        **{"EXCHANGE": True, "AHEAD": False},
+        **{"ALIGNED": True, "AHEAD": False},
         **constants,
     }
     return compile_gluon(grouped._grouped, types, constants, warps=warps)

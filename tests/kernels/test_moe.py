@@ -120,8 +120,8 @@ def wide(columns, depth=64, rows=128, stages=4, warpgroups=2, ctas=1):
 
 NARROW = [
     *(MoeConfig(GroupedConfig(block), GroupedConfig(block)) for block in (8, 16)),
-    MoeConfig(GroupedConfig(8, exchange=False, ahead=True, warps=8), GroupedConfig(8, exchange=False, tiles=3)),
-    MoeConfig(GroupedConfig(16, tiles=8, ahead=True), GroupedConfig(16, tiles=5, warps=8, exchange=False)),
+    MoeConfig(GroupedConfig(8, ahead=True, warps=8), GroupedConfig(8, tiles=3)),
+    MoeConfig(GroupedConfig(16, tiles=8, ahead=True), GroupedConfig(16, tiles=5, warps=8)),
 ]
 WIDE = [
     moe.default_config(1000, 1, 1),

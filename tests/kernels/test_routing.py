@@ -48,7 +48,7 @@ def test_arguments_that_do_not_fit_are_refused():
         routing.combine(slots, ids, 4, weights.double(), out)
     with pytest.raises(ValueError, match="slots"):
         routing.combine(slots, ids, 4, weights, out[:, :5])
-    for rows, gathered in ((torch.zeros(4, 6), torch.zeros(8, 5)), (torch.zeros(3, 6), torch.zeros(8, 6))):
+    for rows, gathered in ((torch.zeros(4, 6), torch.zeros(8, 30)), (torch.zeros(3, 6), torch.zeros(8, 32))):
         with pytest.raises(ValueError, match="8 pairs"):
             routing.gather(rows, positions, 2, gathered)
 
