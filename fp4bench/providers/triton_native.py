@@ -8,8 +8,8 @@ import torch
 
 from fp4bench.devices import Device, find_device
 from fp4bench.formats import FORMATS, ScaleRule
-from fp4bench.problems import GemmProblem, Problem, QuantizeProblem
-from fp4bench.providers import Runner, import_optional, installed_version
+from fp4bench.problems import GemmProblem, MoeProblem, Problem, QuantizeProblem
+from fp4bench.providers import Runner, import_optional, installed_version, triton_moe
 from fp4bench.quantize import quantize
 
 # Programmatic dependent launch: a kernel reads its first weights while the one before it still runs. Kernels of a server follow
@@ -25,8 +25,9 @@ class TritonProvider:
     """FP4 weights times bfloat16 activations, and quantization by every rule with and without rotation, on Hopper."""
 
     name = "triton"
-    ops = ("quantize", "gemm")
+    ops = ("quantize", "gemm", "moe")
     modes = ("w4a16",)
+    moe_modes = triton_moe.MODES
     rules: Mapping[str, tuple[ScaleRule, ...]] = {name: fmt.rules for name, fmt in FORMATS.items()}
 
     def __init__(self) -> None:
@@ -41,12 +42,16 @@ class TritonProvider:
             return "Triton is not installed"
         if isinstance(problem, GemmProblem) and problem.m > _DECODE_ROWS and not str(self.version).startswith(_GLUON):
             return f"beyond {_DECODE_ROWS} rows of activations its kernel needs Triton 3.6, and {self.version} is installed"
+        if isinstance(problem, MoeProblem):
+            return triton_moe.why_not_moe(problem, str(self.version), _GLUON)
         return None
 
     def prepare(self, problem: Problem, inputs: Any) -> Runner:
         """The runner writes to one output, the same on each call. Raises ValueError for a weight that is a sum of weights."""
         if isinstance(problem, QuantizeProblem):
             return _quantize(problem, inputs)
+        if isinstance(problem, MoeProblem):
+            return triton_moe.prepare_moe(problem, inputs, self._pdl)
         from fp4bench.kernels import configs, decode, prefill, weights
 
         assert isinstance(problem, GemmProblem)

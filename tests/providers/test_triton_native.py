@@ -4,7 +4,7 @@ import pytest
 
 from fp4bench.devices import Device
 from fp4bench.formats import MXFP4, NVFP4
-from fp4bench.problems import W4A16, GemmProblem
+from fp4bench.problems import W4A8, W4A16, GemmProblem, MoeProblem
 from fp4bench.providers import triton_native, why_not
 from fp4bench.providers.triton_native import TritonProvider
 
@@ -45,3 +45,22 @@ def test_timing_without_launch_overlap_is_part_of_the_version(monkeypatch):
     assert TritonProvider().version.endswith("+nopdl")
     monkeypatch.delenv(triton_native.PDL_VARIABLE)
     assert "nopdl" not in TritonProvider().version
+
+
+def layer(mode=W4A16, format=NVFP4, m=1, hidden=128):
+    return MoeProblem("some", "experts", 1, m, hidden, 64, 32, 4, mode, format)
+
+
+def test_moe_layers_that_have_no_kernel():
+    provider = TritonProvider()
+    provider.version = "3.6.0"
+    for m in (0, 1, 100, 2048):
+        assert why_not(provider, layer(m=m), H200) is None
+        assert why_not(provider, layer(W4A8, MXFP4, m), H200) is None
+    assert why_not(provider, layer(W4A8), H200) == "nvfp4 does not fit E4M3, which FP8 activations multiply"
+    assert why_not(provider, layer(hidden=33), H200) == "rows of 33 elements are not read in pairs"
+    assert "NVIDIA B200" in why_not(provider, layer(), B200)
+    provider.version = "3.9.0"
+    assert why_not(provider, layer(m=64), H200) is None
+    for wide in (layer(m=2048), layer(W4A8, MXFP4)):
+        assert "needs Triton 3.6.*, and 3.9.0 is installed" in why_not(provider, wide, H200)
