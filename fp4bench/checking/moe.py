@@ -144,7 +144,8 @@ def _step_variance(operand: Operand) -> torch.Tensor:
 
 def _step(elements: torch.Tensor, bits: int, least: float) -> torch.Tensor:
     """The distance of neighbours at these values, of a float with so many stored bits of significand and a smallest step."""
-    return torch.exp2(torch.frexp(elements.abs()).exponent.double() - 1 - bits).clamp(min=least)
+    exponent = torch.frexp(elements).exponent.double() - 1
+    return torch.where(elements == 0, least, torch.exp2(exponent - bits).clamp(min=least))
 
 
 @dataclass(frozen=True)
