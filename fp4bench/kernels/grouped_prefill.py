@@ -35,8 +35,10 @@ def why_not(weight: PreparedExperts, x_dtype: torch.dtype, config: PrefillConfig
         return f"x is bfloat16 or float8_e4m3fn, not {x_dtype}"
     if x_dtype is torch.float8_e4m3fn and (weight.format.has_tensor_scale or weight.operand is not torch.float8_e4m3fn):
         return f"{weight.format} weights prepared for {weight.operand} are not exact as E4M3"
-    if x_dtype.itemsize * config.depth != 128:
-        return f"a step is 128 bytes of a row of x, not {config.depth} columns of {x_dtype}"
+    if x_dtype.itemsize * config.depth % 128:
+        return (
+            f"a step of {config.depth} columns of {x_dtype} is no multiple of the 128 bytes that the tensor cores' layout has"
+        )
     if config.shared_bytes(x_dtype.itemsize, 2 if weight.format.has_tensor_scale else 1) > _SHARED_BYTES // config.ctas:
         return f"{config.ctas} CTAs of {config} do not fit the shared memory of an SM"
     return None

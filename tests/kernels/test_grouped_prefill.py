@@ -79,6 +79,7 @@ def test_it_compiles_to_wgmma_of_each_width_with_weights_in_registers(form, fmt,
 
 def test_operands_that_do_not_fit_are_refused():
     weight = prepare_experts([quantize(torch.randn(32, 64), MXFP4)], 1, gated=True)
+    e4m3 = prepare_experts([quantize(torch.randn(32, 64), MXFP4)], 1, gated=True, operand=torch.float8_e4m3fn)
     nvfp4 = prepare_experts([quantize(torch.randn(32, 64), NVFP4)], 1, gated=True)
     config = PrefillConfig(columns=64)
     positions = torch.zeros(4, dtype=torch.int32)
@@ -93,7 +94,7 @@ def test_operands_that_do_not_fit_are_refused():
         ({"x": x.float()}, "x is bfloat16 or float8"),
         ({"x": fp8}, "not exact as E4M3"),
         ({"x": fp8, "weight": nvfp4}, "not exact as E4M3"),
-        ({"config": PrefillConfig(columns=64, depth=128)}, "128 bytes"),
+        ({"x": fp8, "weight": e4m3}, "128 bytes"),
         ({"config": PrefillConfig(columns=64, stages=20)}, "shared memory"),
         ({"activation": None}, "does not fit weights"),
         ({"x": x[:3]}, "does not fit weights"),

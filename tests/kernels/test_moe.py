@@ -128,6 +128,7 @@ WIDE = [
     wide(32, rows=64, warpgroups=1, ctas=2),
     wide(16),
     wide(128),
+    wide(64, depth=128),
 ]
 FP8 = [
     moe.default_config(1000, 1, 1, fp8=True),
