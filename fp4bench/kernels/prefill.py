@@ -221,11 +221,13 @@ def gemm(
     x_scale: torch.Tensor | None = None,
     alpha: float = 1.0,
     bias: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """out = alpha * x_scale[m] * (x @ weight^T) + bias[n], rounded once. `weight.rest` is not added. Returns out.
 
     x: bfloat16 or float16 (m, k); or float8_e4m3fn (m, k padded to 64) in `weights.E4M3_ORDER`. The last axis contiguous.
     out: bfloat16 or float16 (m, n), the last axis contiguous. x_scale: float32 (m). bias: any float (n).
+    pdl: overlap with the kernel before and after (`decode`): the first weights do not wait for the one before.
     workspace: uint8, at least `workspace_bytes`, zero before its first use; each call leaves its counters zero. Calls that may
         run at the same time need one each.
 
@@ -233,7 +235,7 @@ def gemm(
     """
     _check(x, weight, out, config)
     if x.shape[0]:
-        grid, arguments, constants = _launch(x, weight, out, config, workspace, x_scale, alpha, bias, _sms(x.device))
+        grid, arguments, constants = _launch(x, weight, out, config, workspace, x_scale, alpha, bias, pdl, _sms(x.device))
         _kernel[grid](*arguments, **constants)
     return out
 
@@ -246,11 +248,12 @@ def compile_only(
     config: PrefillConfig,
     workspace: torch.Tensor | None,
     x_scale: torch.Tensor | None,
+    pdl: bool,
     sms: int,
 ) -> None:
     """Put what `gemm` launches on a GPU of so many SMs into Triton's cache. The tensors are not read: any device will do."""
     _check(x, weight, out, config)
-    grid, arguments, constants = _launch(x, weight, out, config, workspace, x_scale, 1.0, None, sms)
+    grid, arguments, constants = _launch(x, weight, out, config, workspace, x_scale, 1.0, None, pdl, sms)
     _kernel.warmup(*arguments, grid=grid, **constants)
 
 
@@ -263,6 +266,7 @@ def _launch(
     x_scale: torch.Tensor | None,
     alpha: float,
     bias: torch.Tensor | None,
+    pdl: bool,
     sms: int,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
     """-> grid, arguments and constants of the kernel."""
@@ -309,6 +313,7 @@ def _launch(
         "HAS_BIAS": bias is not None,
         "REGISTERS": config.consumer_registers,
         "num_warps": 4,
+        "launch_pdl": pdl,
         "maxnreg": config.registers,
     }
     return (schedule.ctas,), arguments, constants
@@ -376,6 +381,8 @@ def _carve(
 
 
 # --- Device code: layouts and decoding ---------------------------------------------------------------------------------------
+
+_WAIT = gl.constexpr("griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, $1;")
 
 _BF16_MX, _SIXTEEN = (gl.constexpr(text) for text in assembly("bf16", False))
 _BF16_NV = gl.constexpr(assembly("bf16", True)[0])
@@ -504,10 +511,26 @@ def _produce(descriptors, buffers, barriers, schedule, STAGES: gl.constexpr, GRO
     TILES: gl.constexpr = words.block_type.shape[0]
     WORDS: gl.constexpr = words.block_type.shape[1]
     SCALES: gl.constexpr = scales.block_type.shape[1]
-    count = 0
+    # The weights of the first stages do not wait for the kernel before, which x may come from.
+    tile, begin, end = _piece(0, schedule)
+    at_n, at_m = _place(tile, schedule, GROUP)
+    early = gl.where(_pieces(schedule) > 0, gl.minimum(end - begin, STAGES), 0)
+    for stage in range(early):
+        ready = full.index(stage)
+        mbarrier.expect(ready, x_tiles.block_type.nbytes + words.block_type.nbytes + scales.block_type.nbytes)
+        step = begin + stage
+        tma.async_copy_global_to_shared(words, [at_n * TILES, step * WORDS], ready, words_buffer.index(stage))
+        tma.async_copy_global_to_shared(scales, [at_n * TILES, step * SCALES], ready, scales_buffer.index(stage))
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [lane], dtype=gl.int32, is_pure=False, pack=1)
+    for stage in range(early):
+        step = begin + stage
+        tma.async_copy_global_to_shared(x_tiles, [at_m * COLUMNS, step * DEPTH], full.index(stage), x_buffer.index(stage))
+    count = early
     for index in range(_pieces(schedule)):
         tile, begin, end = _piece(index, schedule)
         at_n, at_m = _place(tile, schedule, GROUP)
+        begin += gl.where(index == 0, early, 0)
         for step in range(begin, end):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)

@@ -59,7 +59,7 @@ def compile_one(work: Work, launch: Launch, device: Device) -> None:
     assert device.sm_count is not None
     workspace = torch.empty(workspace_bytes(x, weight, launch, device), dtype=torch.uint8)
     x_scale = torch.empty(work.m) if work.operand == "e4m3" else None
-    prefill.compile_only(x, weight, out, config=launch, workspace=workspace, x_scale=x_scale, sms=device.sm_count)
+    prefill.compile_only(x, weight, out, config=launch, workspace=workspace, x_scale=x_scale, pdl=True, sms=device.sm_count)
 
 
 def _mute() -> None:

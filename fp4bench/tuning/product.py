@@ -146,7 +146,7 @@ def _call(
     if isinstance(launch, DecodeConfig):
         return lambda: decode.gemm(x, weight, out, config=launch, pdl=True)
     assert isinstance(launch, PrefillConfig)
-    return lambda: prefill.gemm(x, weight, out, config=launch, workspace=workspace, x_scale=x_scale)
+    return lambda: prefill.gemm(x, weight, out, config=launch, workspace=workspace, x_scale=x_scale, pdl=True)
 
 
 def _bytes(weight: PreparedWeight) -> int:

@@ -165,9 +165,10 @@ def test_its_products_are_right_and_the_same_each_time(form, fmt, n, k, m, confi
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     workspace = torch.zeros(prefill.workspace_bytes(m, weight, x.dtype, config, sms), dtype=torch.uint8, device="cuda")
     outs = []
-    for _ in range(2):
+    for pdl in (False, True, True):
         out = torch.full((m, n), torch.nan, device="cuda", dtype=torch.float16 if form == "fp16" else torch.bfloat16)
-        outs.append(prefill.gemm(x, weight, out, config=config, workspace=workspace, x_scale=x_scale))
-    assert torch.equal(*outs)
+        outs.append(prefill.gemm(x, weight, out, config=config, workspace=workspace, x_scale=x_scale, pdl=pdl))
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
     # Rounding to bfloat16 alone is 0.0017 (0.0002 for float16); FP8 tensor cores add some 0.0003 (NVIDIA H200).
     assert (outs[0].double() - want).norm() / want.norm() < 2.5e-3

@@ -64,7 +64,7 @@ def test_what_is_compiled_is_what_is_launched(monkeypatch, work, launch):
     else:
         space = torch.zeros(prefill.workspace_bytes(work.m, weight, dtype, launch, H200.sm_count), dtype=torch.uint8)
         x_scale = torch.ones(work.m) if work.operand == "e4m3" else None
-        prefill.gemm(x, weight, out, config=launch, workspace=space, x_scale=x_scale)
+        prefill.gemm(x, weight, out, config=launch, workspace=space, x_scale=x_scale, pdl=True)
     compiled, launched = recorded.launches
     assert compiled == launched
 
