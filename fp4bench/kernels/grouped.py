@@ -1,4 +1,4 @@
-"""Products of a MoE layer for a few tokens an expert: each block of up to 16 pairs (`routing`) times its expert's FP4 weight.
+"""Products of a MoE layer for a few tokens an expert: each block of up to 32 pairs (`routing`) times its expert's FP4 weight.
 
 At these sizes the time is that of reading each used expert once, and the kernel is `decode`'s for each block: weights go from
 memory into the registers of `mma.sync` in the order they are stored, the warps of a CTA split k, and their sums meet in shared
@@ -32,7 +32,7 @@ _LAUNCH = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, $1;")
 class GroupedConfig:
     """How to launch. Any is right for any problem with at least `tiles` tiles of 16 weight rows.
 
-    block: pairs of a block, 8 or 16. With 16 the blocks of up to 8 pairs take the shorter way too.
+    block: the most pairs of a block, a multiple of 8 up to 32. Smaller blocks are multiplied as the next multiple of 8.
     tiles: of 16 weight rows, that a CTA computes, 1 to 8. Each warp holds one unit of 64 columns of each in registers.
     warps: of a CTA, 4 or 8; they split k.
     ahead: hold x of the next unit while one is computed.
@@ -46,8 +46,8 @@ class GroupedConfig:
     max_registers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.block not in (8, 16) or not 1 <= self.tiles <= 8 or self.warps not in (4, 8):
-            raise ValueError(f"{self}: block is 8 or 16, tiles is 1 to 8, warps 4 or 8")
+        if self.block not in (8, 16, 24, 32) or not 1 <= self.tiles <= 8 or self.warps not in (4, 8):
+            raise ValueError(f"{self}: block is 8, 16, 24 or 32, tiles is 1 to 8, warps 4 or 8")
 
 
 def activation_arguments(activation: Activation | None) -> tuple[str, float, float]:
@@ -273,8 +273,9 @@ def _grouped(
         bias_at = bias + expert.to(gl.int64) * tiles * 16
         operands = (x, x_stride, topk, k, positions, words_at, scales_at, unit)
         results = (scale_at, bias_at, out, out_stride, columns, alpha, limit)
-        if BLOCK == 16:
-            if pairs > 8:
+        # The narrowest product that holds the block's pairs.
+        for width in gl.static_range(8, BLOCK + 1, 8):
+            if (pairs > width - 8) & (pairs <= width):
                 _compute(
                     operands,
                     results,
@@ -286,7 +287,7 @@ def _grouped(
                     STEPS,
                     TILES,
                     WARPS,
-                    16,
+                    width,
                     TWO_LEVEL,
                     HAS_BIAS,
                     ACTIVATION,
@@ -295,27 +296,6 @@ def _grouped(
                     AHEAD,
                     FOUR,
                 )
-        if BLOCK == 8 or pairs <= 8:
-            _compute(
-                operands,
-                results,
-                at,
-                pairs,
-                first,
-                thread,
-                UNITS,
-                STEPS,
-                TILES,
-                WARPS,
-                8,
-                TWO_LEVEL,
-                HAS_BIAS,
-                ACTIVATION,
-                ALL_COLUMNS,
-                ALIGNED,
-                AHEAD,
-                FOUR,
-            )
     else:
         if ACTIVATION == "":
             # So that no kernel after this one is ahead of the one before.
@@ -466,30 +446,21 @@ def _load_x(
 @gluon.jit
 def _multiply(unit, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEVEL: gl.constexpr, HALF: gl.constexpr):  # type: ignore[no-untyped-def]
     """A unit of each tile, added to its accumulators. -> for each tile COLUMNS / 8 float32 [threads, 4]."""
+    BLOCKS: gl.constexpr = COLUMNS // 8
     sums = ()  # type: ignore[var-annotated]
     for tile in gl.static_range(TILES):
         w = unit[2 * tile]
         s = unit[2 * tile + 1]
         scales = s[:, None] + gl.zeros_like(w)
-        if COLUMNS == 8:
-            one = gl.inline_asm_elementwise(
-                _product(COLUMNS, TWO_LEVEL, HALF),
-                _product_constraints(COLUMNS),
-                (w, scales) + b + (acc[tile],),
-                dtype=gl.float32,
-                is_pure=True,
-                pack=4,
-            )
-            sums = sums + (one,)
-        else:
-            sums = sums + gl.inline_asm_elementwise(
-                _product(COLUMNS, TWO_LEVEL, HALF),
-                _product_constraints(COLUMNS),
-                (w, scales) + b + (acc[2 * tile], acc[2 * tile + 1]),
-                dtype=(gl.float32, gl.float32),
-                is_pure=True,
-                pack=4,
-            )
+        product = gl.inline_asm_elementwise(
+            _product(COLUMNS, TWO_LEVEL, HALF),
+            _product_constraints(COLUMNS),
+            (w, scales) + b + acc[tile * BLOCKS : (tile + 1) * BLOCKS],
+            dtype=gl.float32 if BLOCKS == 1 else (gl.float32,) * BLOCKS,
+            is_pure=True,
+            pack=4,
+        )
+        sums = sums + ((product,) if BLOCKS == 1 else product)
     return sums
 
 

@@ -23,7 +23,7 @@ from fp4bench.quantize import decode, quantize  # noqa: E402
 
 
 def emulated(stack, x, dtype):
-    """x W^T of the first expert without the epilogue, as a warp computes it. x (8 or 16, k) -> float64 (rows, 16 tiles)."""
+    """x W^T of the first expert without the epilogue, as a warp computes it. x (8, 16 or 32, k) -> float64 (rows, 16 tiles)."""
     columns = len(x)
     text = grouped._product(columns, stack.format.has_tensor_scale, dtype is torch.float16)
     words, scales = (tensor[0].numpy().view(np.uint32) for tensor in (stack.words, stack.scales))
@@ -49,7 +49,7 @@ def emulated(stack, x, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
-@pytest.mark.parametrize("columns", [8, 16])
+@pytest.mark.parametrize("columns", [8, 16, 32])
 def test_the_assembly_multiplies_exactly(columns, fmt, dtype):
     generator = torch.Generator().manual_seed(columns)
     x = torch.randn(columns, 128, generator=generator).to(dtype)
@@ -113,9 +113,11 @@ def test_it_compiles_to_mma_on_16_byte_loads_without_spills(variant, most_regist
     assert registers <= most_registers
 
 
-@pytest.mark.parametrize("change", [{"block": 4}, {"tiles": 0}, {"tiles": 9}, {"warps": 2}, {"warps": 16}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"block": 12}, {"block": 40}, {"tiles": 0}, {"tiles": 9}, {"warps": 2}, {"warps": 16}], ids=str
+)
 def test_a_launch_that_cannot_be_is_refused(change):
-    with pytest.raises(ValueError, match="block is 8 or 16, tiles is 1 to 8, warps 4 or 8"):
+    with pytest.raises(ValueError, match="block is 8, 16, 24 or 32, tiles is 1 to 8, warps 4 or 8"):
         GroupedConfig(**change)
 
 

@@ -122,6 +122,7 @@ NARROW = [
     *(MoeConfig(GroupedConfig(block), GroupedConfig(block)) for block in (8, 16)),
     MoeConfig(GroupedConfig(8, ahead=True, warps=8), GroupedConfig(8, tiles=3)),
     MoeConfig(GroupedConfig(16, tiles=8, ahead=True), GroupedConfig(16, tiles=5, warps=8)),
+    MoeConfig(GroupedConfig(32), GroupedConfig(32, tiles=2, warps=8)),
 ]
 WIDE = [
     moe.default_config(1000, 1, 1),
