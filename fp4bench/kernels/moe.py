@@ -2,8 +2,9 @@
 
 y[token] = sum over its slots j of weights[token, j] * (act(x[token] W13[e]^T + b13[e]) W2[e]^T + b2[e]), e = ids[token, j]
 
-What lies between is rounded to the type of x once, after the activation; results of a pair stay in float32 until they are added
-up, in the order of slots. So a result depends on nothing but its own row of x, and is the same on every run.
+What lies between is rounded to the type of x once, after the activation. The results of a token's pairs are added up in
+float32, in the order of slots; for many tokens, where writing them takes time, they are rounded to x's type before. A result
+depends on its own row of x alone, and is the same on every run.
 
 For few tokens an expert `grouped` multiplies: four launches. For many `grouped_prefill`, whose rows are brought in order first.
 In w4a8 the rows of x, and what lies between, are quantized to E4M3 with a scale a row.
@@ -79,7 +80,7 @@ class MoeConfig:
 class Workspace:
     """What the kernels of a call leave to one another, rows in the order of pairs but for the first and the last.
 
-    positions, blocks: as in `routing`. hidden: (pairs, i padded to 64), zeros beyond i. slots: float32 (pairs, hidden).
+    positions, blocks: as in `routing`. hidden: (pairs, i padded to 64), zeros beyond i. slots: (pairs, hidden).
     rows: x (pairs, hidden padded to 64), for `grouped_prefill`, columns of it and of hidden in the order of `routing.gather`.
     In w4a8 it is E4M3 with `scales`, from `quantized` (m), and so is `hidden_quantized`.
     """
@@ -132,7 +133,7 @@ def workspace(
         torch.empty(pairs, dtype=torch.int32, device=device),
         torch.empty(most, routing.BLOCK_FIELDS, dtype=torch.int32, device=device),
         torch.zeros(pairs, between, dtype=dtype, device=device),
-        torch.empty(pairs, layer.hidden, dtype=torch.float32, device=device),
+        torch.empty(pairs, layer.hidden, dtype=dtype if wide else torch.float32, device=device),
         torch.empty(pairs, k, dtype=torch.float8_e4m3fn if fp8 else dtype, device=device) if wide else None,
         torch.empty(pairs, dtype=torch.float32, device=device) if fp8 else None,
         _empty_rows(m, layer.hidden, device) if fp8 else None,

@@ -159,10 +159,10 @@ def check_on_gpu(configs, experts, hidden, intermediate, topk, activation, with_
             for pdl in (False, True, True):
                 out = torch.full_like(x, torch.nan)
                 outs.append(moe.run(x, ids, weights, layer, out, space=space, config=config, pdl=pdl))
-            # Rounding to bfloat16, between the products and of the result, is 0.0024 together. What lies between may be
-            # rounded to another E4M3 number than the exact one, 1/16 off, and FP8 tensor cores add with 14 bits.
+            # Rounding to bfloat16, between the products, of each pair and of the result, is 0.0029 together. What lies between
+            # may be rounded to another E4M3 number than the exact one, 1/16 off, and FP8 tensor cores add with 14 bits.
             error = (outs[0].double() - want).norm() / want.norm()
-            assert error < (8e-3 if fp8 else 3e-3), (m, kind, config)
+            assert error < (8e-3 if fp8 else 3.5e-3), (m, kind, config)
             assert torch.equal(outs[0], outs[1])
             assert torch.equal(outs[0], outs[2])
 
