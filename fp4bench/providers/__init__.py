@@ -46,6 +46,7 @@ _BUILT_IN = (
     "eager:EagerProvider",
     "triton_native:TritonProvider",
     "vllm_marlin:VllmMarlinProvider",
+    "vllm_triton:VllmTritonProvider",
     "humming:HummingProvider",
     "torch_scaled_mm:TorchScaledMmProvider",
     "gemlite:GemliteProvider",

@@ -89,6 +89,7 @@ class Operators:
 # 0.20.0 has all but NVFP4 in the first file, 0.26.0 nothing; QuTLASS got its own.
 MAIN = Operators("_C", ("_C.abi3.so", "_C_stable_libtorch.abi3.so"))
 QUTLASS = Operators("_qutlass_C", ("_C.abi3.so", "_qutlass_C.abi3.so"))
+MOE = Operators("_moe_C", ("_moe_C.abi3.so", "_moe_C_stable_libtorch.abi3.so"))
 
 
 def arguments(operator: Any, given: Mapping[str, Any], dispensable: Mapping[str, Any]) -> list[Any]:
@@ -120,6 +121,12 @@ def third_party_version(package: str) -> str | None:
     if folder is None:
         return None
     return f"vLLM {_version((folder / package / '__init__.py',))}"
+
+
+def python_file(path: str) -> Path | None:
+    """A file of vLLM's Python sources, by its path in the package, or None where it is not there."""
+    folder = _folder()
+    return found if folder is not None and (found := folder / path).is_file() else None
 
 
 def _argument_name(name: str) -> str:

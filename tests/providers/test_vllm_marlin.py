@@ -3,14 +3,16 @@
 import pytest
 import torch
 from cuda_library import PTX, SASS
+from marlin_reading import decode_s0e5m3, in_row_order, repack, weights
 from vllm_stand_in import MARLIN, operators
 
 from fp4bench.checking import WrongResultError, check
 from fp4bench.devices import Device
-from fp4bench.formats import MXFP4, NVFP4, ScaleRule, e2m1
+from fp4bench.formats import MXFP4, NVFP4, ScaleRule
 from fp4bench.problems import W4A16, GemmInputs, GemmProblem
-from fp4bench.providers import providers, vllm_marlin, why_not
-from fp4bench.providers.vllm_marlin import VllmMarlinProvider, marlin_scales
+from fp4bench.providers import marlin_layout, providers, why_not
+from fp4bench.providers.marlin_layout import marlin_scales
+from fp4bench.providers.vllm_marlin import VllmMarlinProvider
 from fp4bench.quantize import Quantized, quantize
 
 CPU = Device("cpu", "Some CPU")
@@ -23,23 +25,6 @@ def gemm(fmt=MXFP4, m=5, n=128, k=192):
     return GemmProblem("tiny", "fc", 1, m, n, k, W4A16, fmt)
 
 
-def in_row_order(scales):
-    """Marlin's scales (k / block, n) back in the order of columns, by where it looks for each.
-
-    Within 64 columns: column 8 * j + i lies at 8 * i + j, and then places 1 and 2 of each four change.
-    """
-    column = torch.arange(scales.shape[1])
-    place = column // 64 * 64 + column % 8 * 8 + column % 64 // 8
-    place = place // 4 * 4 + torch.tensor([0, 2, 1, 3])[place % 4]
-    return scales[:, place]
-
-
-def decode_s0e5m3(scales):
-    """Values of bytes with 5 bits of exponent (bias 15) and 3 of mantissa, in the sense of float16."""
-    bits = scales.view(torch.uint8).int()
-    return torch.where(bits == 0, 0.0, torch.exp2((bits >> 3) - 15.0) * (1 + (bits & 7) / 8))
-
-
 def marlin(a, b_q_weight, b_scales, global_scale, workspace, b_type_id=None, b_q_type=None, **rest):
     """What Marlin computes, from its layouts. (The weights are left as they were: `repack` is the library's.)"""
     assert {"size_m": len(a), "use_atomic_add": False, "use_fp32_reduce": True, "is_zp_float": False}.items() <= rest.items()
@@ -49,25 +34,8 @@ def marlin(a, b_q_weight, b_scales, global_scale, workspace, b_type_id=None, b_q
     assert workspace.dtype == torch.int32
     assert len(workspace) == 132
     assert not workspace.any()
-    scales = in_row_order(b_scales.view(torch.uint8))
-    if global_scale is None:
-        assert b_scales.dtype == torch.float8_e8m0fnu
-        values = torch.exp2(scales.float() - 127)
-    else:
-        assert b_scales.dtype == torch.float8_e4m3fn
-        assert global_scale.shape == (1,)
-        # E2M1 and the scale are read as bfloat16 with their own exponents: 2**-126 and 2**7 too much.
-        values = decode_s0e5m3(scales).double() * 2.0**-126 * global_scale.double()
-    codes = e2m1.unpack(b_q_weight.T.contiguous().view(torch.uint8))
-    w = e2m1.decode(codes).double() * values.T.repeat_interleave(codes.shape[1] // len(values), dim=1)
+    w = weights(b_q_weight, b_scales, global_scale)
     return (a.double() @ w.T).to(a.dtype)
-
-
-def repack(b_q_weight, size_k, size_n, num_bits, perm=None, is_a_8bit=False):
-    assert b_q_weight.shape == (size_k // 8, size_n)
-    assert (b_q_weight.dtype, num_bits, is_a_8bit) == (torch.int32, 4, False)
-    assert perm is None or perm.numel() == 0
-    return b_q_weight
 
 
 BEHIND = {"gptq_marlin_gemm": marlin, "marlin_gemm": marlin, "gptq_marlin_repack": repack}
@@ -76,7 +44,7 @@ BEHIND = {"gptq_marlin_gemm": marlin, "marlin_gemm": marlin, "gptq_marlin_repack
 @pytest.fixture
 def vllm(tmp_path, monkeypatch):
     """vLLM of a version on a made-up H200 whose tensors are on the CPU."""
-    monkeypatch.setattr(vllm_marlin, "_processors", lambda device: 132)
+    monkeypatch.setattr(marlin_layout, "processors", lambda device: 132)
     return lambda version, **options: operators(MARLIN[version], BEHIND, "MAIN", monkeypatch, tmp_path, **options)
 
 
@@ -101,7 +69,7 @@ def test_a_kernel_with_another_order_of_scales_would_be_found(vllm, monkeypatch)
     inputs = problem.inputs()
     inputs.w[::3] *= 4
     with vllm("0.26.0"):
-        monkeypatch.setattr(vllm_marlin, "_COLUMNS_4", [0, 1, 2, 3])
+        monkeypatch.setattr(marlin_layout, "_COLUMNS_4", [0, 1, 2, 3])
         run = VllmMarlinProvider().prepare(problem, inputs)
         with pytest.raises(WrongResultError):
             check(problem, inputs, ScaleRule.FLOOR, run())
