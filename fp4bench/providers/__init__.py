@@ -48,6 +48,7 @@ _BUILT_IN = (
     "vllm_marlin:VllmMarlinProvider",
     "vllm_triton:VllmTritonProvider",
     "humming:HummingProvider",
+    "torch_native:TorchFastFp8Provider",
     "torch_scaled_mm:TorchScaledMmProvider",
     "gemlite:GemliteProvider",
     "triton_kernels:TritonKernelsProvider",

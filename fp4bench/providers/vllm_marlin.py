@@ -1,8 +1,8 @@
 """vLLM's Marlin: FP4 weights times bfloat16 activations, decoded in registers, on GPUs from Ampere on; MoE layers too.
 
-Weights are quantized by this package's rules (Marlin takes any scales) and laid out once (`marlin_layout`), as vLLM 0.26.0 does
-in `prepare_fp4_layer_for_marlin`; the call is the operator of its `apply_fp4_marlin_linear`, with its defaults: float32 sums, no
-atomics. NVFP4 blocks whose scale is below 2**-6 of a tensor whose largest is 448 become zero.
+Weights are quantized by this package's rules (Marlin takes any scales) and laid out once (`marlin_layout`), as vLLM 0.26.0 has
+it in `prepare_fp4_layer_for_marlin`; the call is the operator of its `apply_fp4_marlin_linear`, with its defaults: sums in
+float32, no atomics. NVFP4 blocks whose scale is below 2**-6 of a tensor whose largest is 448 become zero.
 """
 
 from collections.abc import Mapping

@@ -6,7 +6,8 @@ import torch
 from fp4bench.checking import check
 from fp4bench.devices import Device
 from fp4bench.problems import BF16, FP8, GemmProblem
-from fp4bench.providers.torch_native import TorchProvider
+from fp4bench.providers import why_not
+from fp4bench.providers.torch_native import TorchFastFp8Provider, TorchProvider
 
 TORCH = TorchProvider()
 
@@ -52,3 +53,24 @@ def test_bf16_is_right(m):
     out = TORCH.prepare(gemm, inputs)()
     assert out.dtype == torch.bfloat16
     assert check(gemm, inputs, None, out).rows == m
+
+
+@pytest.mark.parametrize(("provider", "fast"), [(TORCH, False), (TorchFastFp8Provider(), True)], ids=["torch", "fast"])
+def test_fp8_sums_as_the_provider_says(provider, fast, monkeypatch):
+    """A CPU has no such product, so that it is compared by what it is called with."""
+    gemm, seen = problem(FP8), []
+
+    def scaled_mm(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
+        seen.append(use_fast_accum)
+        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    inputs = gemm.inputs()
+    assert check(gemm, inputs, None, provider.prepare(gemm, inputs)()).rows == 16
+    assert seen == [fast]
+
+
+def test_fast_sums_are_of_fp8_products_alone():
+    fast = TorchFastFp8Provider()
+    assert why_not(fast, problem(FP8), H200) is None
+    assert why_not(fast, problem(BF16), H200) == "torch_fast_fp8 has no mode bf16"
