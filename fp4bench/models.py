@@ -106,7 +106,8 @@ def get_model(name: str) -> Model:
     if name.endswith(".json"):
         return read_config(Path(name))
     for short, (hub_id, config) in _CONFIGS.items():
-        if name.casefold() in (short, hub_id.casefold(), hub_id.casefold().partition("/")[2]):
+        known = (hub_id, *_ALSO.get(short, ()))
+        if name.casefold() in (short, *(one.casefold() for hub in known for one in (hub, hub.partition("/")[2]))):
             return _model(config, short, source=short)
     raise ValueError(f"unknown model {name!r}: known are {', '.join(_CONFIGS)}, or the path of a Hugging Face config.json")
 
@@ -280,6 +281,9 @@ def _llama(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: 
 def _moe(count: int, topk: int, intermediate: int) -> dict[str, Any]:
     return {"num_experts": count, "num_experts_per_tok": topk, "moe_intermediate_size": intermediate}
 
+
+# Other Hugging Face ids of the same shapes: that of vLLM's MoE benchmark.
+_ALSO = {"deepseek-r1": ("nvidia/DeepSeek-R1-FP4",)}
 
 _GPT_OSS = {"model_type": "gpt_oss"}
 

@@ -45,6 +45,24 @@ def quantization(provider, m, us, *, rule="floor", hadamard=None, k=2048):
     return _bench(facts, [us * 1e-6] * 9)
 
 
+def moe(provider, mode, m, us, *, experts=8, topk=2, routing="uniform", fp8_scaling=None, **changes):
+    """The experts of a layer, hidden size 256 and intermediate size 128, that took `us` microseconds."""
+    fmt = mode if mode in ("bf16", "fp8") else "mxfp4"
+    scaling = fp8_scaling or ("tensor" if mode == "fp8" else None)
+    what = [mode] if fmt == mode else [fmt, mode]
+    facts = {
+        "case_id": "-".join(
+            ["moe", *what, *([scaling] if fp8_scaling else []), provider, f"e{experts}.experts.tp1-m{m}", routing]
+        ),
+        **{"op": "moe", "format": fmt, "mode": mode, "hadamard": None, "provider": provider, "provider_version": "1.0"},
+        **{"model": "tiny", "layer": "experts", "tp": 1, "m": m, "n": 128, "k": 256, "error": 0.0017, "exact": False},
+        **{"experts": experts, "topk": topk, "routing": routing, "fp8_scaling": scaling, "activation": "silu"},
+        **ALIKE,
+        **{"flops": 6 * m * topk * 128 * 256, "bytes": 3 * 128 * 256 * min(m * topk, experts)},
+    }
+    return _bench(facts | changes, [us * 1e-6] * 9)
+
+
 def _bench(facts, seconds):
     record = make_record(facts, seconds)
     return {"name": facts["case_id"], "stats": {"median": sorted(seconds)[4], "min": min(seconds)}, "extra_info": record}

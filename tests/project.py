@@ -18,6 +18,7 @@ from fp4bench.timing.machine import machine_key
 
 TESTS = Path(__file__).parent
 TINY = TESTS / "tiny" / "config.json"
+TINY_MOE = TESTS / "tiny-moe" / "config.json"
 MACHINE = machine_key(find_device("cpu"))
 # Two layers of a tiny model at two batch sizes: four cases. One repetition, without the policy's others and their pauses.
 FEW = (

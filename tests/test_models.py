@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fp4bench.models import Activation, Experts, get_model, layers, model_names
+from fp4bench.models import SILU, Activation, Experts, get_model, layers, model_names, rank_experts
 
 # (model, tensor parallel size, {layer: (n, k)}). qkv is (heads + 2 * kv heads) * head size, gate_up 2 * intermediate.
 SHAPES = [
@@ -431,3 +431,27 @@ def test_a_relative_config_is_named_by_its_folder_too(write, monkeypatch):
     path = Path(write(CONFIGS["llama3.1-8b"], "here"))
     monkeypatch.chdir(path.parent)
     assert get_model("config.json") == get_model(str(path))
+
+
+@pytest.mark.parametrize("name", ["nvidia/DeepSeek-R1-FP4", "deepseek-r1-fp4"])
+def test_a_quantized_copy_of_a_model_has_its_shapes(name):
+    assert get_model(name) == get_model("deepseek-r1")
+
+
+@pytest.mark.parametrize(("tp", "intermediate"), [(1, 2048), (8, 256)])
+def test_ranks_split_experts_along_their_intermediate(tp, intermediate):
+    assert rank_experts(get_model("deepseek-r1"), tp) == Experts(256, 8, intermediate)
+    assert rank_experts(get_model("llama3.1-8b"), tp) is None
+
+
+def test_experts_that_cannot_be_split_are_refused():
+    with pytest.raises(ValueError, match=r"^tensor parallel size 5 does not divide the expert intermediate size of"):
+        rank_experts(get_model("qwen3-30b-a3b"), 5)
+
+
+def test_bias_and_activation_are_no_part_of_a_configs_name(write):
+    plain = {key: value for key, value in CONFIGS["gpt-oss-20b"].items() if key != "model_type"}
+    with_type, without = get_model(write(CONFIGS["gpt-oss-20b"])), get_model(write(plain))
+    assert with_type.name == without.name
+    assert (with_type.experts.bias, without.experts.bias) == (True, False)
+    assert (with_type.experts.activation, without.experts.activation) == (GPT_OSS, SILU)

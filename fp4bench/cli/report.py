@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4bench.cli.sessions import Report, count
-from fp4bench.evidence import frontier, plots, rivals, standing, throughput
+from fp4bench.evidence import comparison, frontier, plots, rivals, standing, throughput
 from fp4bench.evidence.baselines import Baseline, accepted, parse, read, stored_files
 from fp4bench.evidence.report import accepted_runs, markdown, spread
 from fp4bench.evidence.results import Choice, Results, join
@@ -22,6 +22,7 @@ _BESIDE = {
     "throughput": ("plots", "csv", *_CHOICE),
     "frontier": ("json", *_CHOICE),
     "kernels": ("provider", *_CHOICE),
+    "compare": _CHOICE,
 }
 
 
@@ -38,6 +39,7 @@ def add_parser(commands: Any) -> None:
         ("--side-by-side", "what this gate and the rules of other tools flag and miss in stored runs"),
         ("--throughput", "TFLOP/s of each provider over batch sizes, for each format, layer and Hadamard size"),
         ("--frontier", "the fastest right provider of each layer and batch size, and its lead"),
+        ("--compare", "times of all providers over batch sizes, with and without a CUDA graph, the fastest marked; phases"),
         ("--kernels", "one provider beside BF16, the measured roof and the best of the others"),
     ):
         what.add_argument(name, type=Path, nargs="+", metavar="RUN.json", help=help_)
@@ -68,7 +70,7 @@ def _add_side_by_side(parser: argparse.ArgumentParser) -> None:
 
 def _add_providers(parser: argparse.ArgumentParser) -> None:
     beside = parser.add_argument_group(
-        "with --throughput, --frontier and --kernels",
+        "with --throughput, --frontier, --kernels and --compare",
         "Runs of one machine are joined; a case of several takes the median of their medians. BF16 always stays in.",
     )
     beside.add_argument("--formats", nargs="+", metavar="FORMAT", help="only these formats (all)")
@@ -95,6 +97,7 @@ def lines(args: argparse.Namespace) -> list[str]:
         "throughput": _throughput,
         "frontier": _frontier,
         "kernels": _kernels,
+        "compare": _compare,
         "markdown": _markdown,
     }
     asked = next((make for name, make in reports.items() if getattr(args, name)), _machines)
@@ -148,6 +151,10 @@ def _frontier(args: argparse.Namespace) -> list[str]:
 
 def _kernels(args: argparse.Namespace) -> list[str]:
     return standing.lines(_joined(args, args.kernels), args.provider or "triton")
+
+
+def _compare(args: argparse.Namespace) -> list[str]:
+    return comparison.lines(_joined(args, args.compare))
 
 
 def _joined(args: argparse.Namespace, paths: Sequence[Path]) -> Results:

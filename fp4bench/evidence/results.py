@@ -21,12 +21,18 @@ class ResultsError(ValueError):
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """Sizes of the weights of a product, as in Y[m, n] = X[m, k] @ W[n, k]^T; of a quantization k alone."""
+    """Sizes of the weights of a product, as in Y[m, n] = X[m, k] @ W[n, k]^T; of a quantization k alone.
+
+    experts: how many there are and how many a token has, of a MoE layer, whose n is the intermediate size and k the hidden one.
+    """
 
     n: int | None
     k: int
+    experts: tuple[int, int] | tuple[()] = ()
 
     def __str__(self) -> str:
+        if self.experts:
+            return f"{self.experts[1]} of {self.experts[0]} experts, intermediate = {self.n}, hidden = {self.k}"
         return f"k = {self.k}" if self.n is None else f"n = {self.n}, k = {self.k}"
 
 
@@ -35,16 +41,20 @@ class Answer:
     """What is computed, apart from sizes: providers of one answer may stand in for each other, those of two may not.
 
     mode: of a quantization its scale rule. format: the mode again where there is no FP4. hadamard: None without rotation.
+    scaling, routing: of a MoE layer, where they are not the usual ones, by tensor and uniform.
     """
 
     op: str
     format: str
     mode: str
     hadamard: int | None = None
+    scaling: str = ""
+    routing: str = ""
 
     def __str__(self) -> str:
         parts = [] if self.plain else [self.format]
         parts += [self.mode, *([f"had{self.hadamard}"] if self.hadamard else [])]
+        parts += [part for part in (self.scaling, self.routing) if part]
         return " ".join(parts if self.op == "gemm" else [self.op, *parts])
 
     @property
@@ -242,14 +252,23 @@ def join(runs: Sequence[StoredRun], choice: Choice = EVERYTHING) -> Results:
 def _read(run: StoredRun, case_id: str, record: Mapping[str, Any]) -> tuple[Work, str]:
     """The work that a record tells of, and its layer."""
     try:
-        answer = Answer(record["op"], record["format"], record["mode"], record["hadamard"])
+        answer = Answer(record["op"], record["format"], record["mode"], record["hadamard"], *_variant(record))
         sizes = [record["m"], record["k"], *([record["n"]] if record["n"] is not None else [])]
         if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
             raise ResultsError(f"{run.path} has sizes of {case_id} that are none ({sizes}): record it anew")
         layer = f"{record['model']}.{record['layer']}.tp{record['tp']}"
-        return Work(answer, record["provider"], Shape(record["n"], record["k"]), record["m"]), layer
+        experts = (record["experts"], record["topk"]) if record["op"] == "moe" else ()
+        return Work(answer, record["provider"], Shape(record["n"], record["k"], experts), record["m"]), layer
     except KeyError as error:
         raise ResultsError(f"{run.path} does not say the {error} of {case_id}: record it anew") from error
+
+
+def _variant(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The scaling and the routing of an `Answer`."""
+    if record["op"] != "moe":
+        return "", ""
+    scaling, routing = record["fp8_scaling"] or "tensor", record["routing"]
+    return "" if scaling == "tensor" else scaling, "" if routing == "uniform" else routing
 
 
 def _refuse_unfit(runs: Sequence[StoredRun]) -> None:

@@ -141,41 +141,76 @@ def has_injections(run: StoredRun) -> bool:
 
 
 def do_bench_answers(readings: Sequence[Mapping[str, Any]], slowdowns: Iterable[float] = ()) -> list[Answer]:
-    """The 5 % rule on readings of do_bench_cudagraph, each {uuid, seconds: {case id: [s, ...]}}; several may be of one card.
+    """The 5 % rule on readings of do_bench_cudagraph, each as `fp4bench do-bench` writes it; several may be of one card.
 
     Each later reading of a case is compared with the first one of its card, and the first one of a card with that of the first
-    card. Nothing was injected into them: a slowdown is the later reading, scaled.
+    card. A slowdown that was not read is the reading, scaled.
 
-    Raises ValueError for what is no such mapping.
+    Raises ValueError for what holds no readings.
     """
     answers = []
-    shares = (None, *slowdowns)
+    shares: tuple[float | None, ...] = (None, *slowdowns)
     cards: dict[str, dict[str, float]] = {}
-    for number, one in enumerate(readings):
-        card, seconds = _readings(one)
+    for number, told in enumerate(readings):
+        one = _readings(told)
         others = next(iter(cards.values()), {})
-        own = cards.setdefault(card, {})
-        for case_id, values in seconds.items():
-            pairs = [(SAME_CARD, f"{number}.{i} {card}", own.get(case_id, values[0]), later) for i, later in enumerate(values)]
+        own = cards.setdefault(one.card, {})
+        for case_id, values in one.seconds.items():
+            before = [own.get(case_id, values[0])] * len(values)
+            scopes = [SAME_CARD] * len(values)
+            compared = list(range(len(values)))
             if case_id not in own:
                 own[case_id] = values[0]
-                pairs[:1] = [(OTHER_CARD, f"{number}.0 {card}", others[case_id], values[0])] if case_id in others else []
+                if case_id in others:
+                    before[0], scopes[0] = others[case_id], OTHER_CARD
+                else:
+                    compared = compared[1:]
             answers += [
-                Answer(DO_BENCH, scope, run, case_id, share, beyond(before, after * (1 + (share or 0.0)), 0.05))
-                for scope, run, before, after in pairs
+                Answer(
+                    DO_BENCH,
+                    scopes[i],
+                    f"{number}.{i} {one.card}",
+                    case_id,
+                    share,
+                    beyond(before[i], one.slowed_by(share, case_id, i), 0.05),
+                )
+                for i in compared
                 for share in shares
             ]
     return answers
 
 
-def _readings(one: Mapping[str, Any]) -> tuple[str, dict[str, list[float]]]:
+@dataclass(frozen=True)
+class _Readings:
+    """Of one card: seconds by case, and by slowdown where they were read so too, in the same order."""
+
+    card: str
+    seconds: Mapping[str, Sequence[float]]
+    slowed: Mapping[float, Mapping[str, Sequence[float]]]
+
+    def slowed_by(self, share: float | None, case_id: str, number: int) -> float:
+        if share is None:
+            return self.seconds[case_id][number]
+        read = self.slowed.get(share, {}).get(case_id)
+        return read[number] if read else self.seconds[case_id][number] * (1 + share)
+
+
+def _readings(told: Mapping[str, Any]) -> _Readings:
+    def table(rows: Any) -> dict[str, list[float]]:
+        return {str(case_id): [float(value) for value in values] for case_id, values in rows.items()}
+
     try:
-        card, seconds = str(one["uuid"]), {str(c): [float(v) for v in values] for c, values in one["seconds"].items()}
+        card, seconds = str(told["uuid"]), table(told["seconds"])
+        slowed = {float(share): table(rows) for share, rows in told.get("slowed", {}).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"readings of do_bench_cudagraph are {{uuid, seconds: {{case id: [s, ...]}}}}: {error!r}") from error
-    if bad := [case_id for case_id, values in seconds.items() if not values or not all(0 < v < float("inf") for v in values)]:
-        raise ValueError(f"readings of do_bench_cudagraph of {card} hold no positive seconds for {bad[0]}")
-    return card, seconds
+    for rows in (seconds, *slowed.values()):
+        if bad := [case_id for case_id, values in rows.items() if not values or not all(0 < v < float("inf") for v in values)]:
+            raise ValueError(f"readings of do_bench_cudagraph of {card} hold no positive seconds for {bad[0]}")
+    for rows in slowed.values():
+        if bad := [case_id for case_id in rows if len(rows[case_id]) != len(seconds.get(case_id, ()))]:
+            raise ValueError(f"readings of do_bench_cudagraph of {card} hold other numbers of slowed ones for {bad[0]}")
+    return _Readings(card, seconds, slowed)
 
 
 def _answer(rule: str, compared_with: str, run: StoredRun, case_id: str, flagged: bool) -> Answer:
@@ -347,7 +382,7 @@ def notes(runs: Sequence[Sampled], against: Sequence[Sampled], counts: Sequence[
     if DO_BENCH in rules:
         lines.append(
             f"{DO_BENCH}: each later reading against the first one of the card; other card: the first one of a card against "
-            "that of the first card; nothing was injected into these readings: a slowdown is a reading scaled."
+            "that of the first card; a slowdown was read so where the readings have it, else a reading is scaled."
         )
     if bare := sum(not one.samples for one in runs):
         lines.append(

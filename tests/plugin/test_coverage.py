@@ -1,7 +1,7 @@
 """Which cases of a baseline a selection asks for."""
 
 import pytest
-from project import TINY
+from project import TINY, TINY_MOE
 
 from fp4bench.cases import CASES, select
 from fp4bench.devices import find_device
@@ -9,8 +9,10 @@ from fp4bench.plugin.coverage import covers
 
 CPU = find_device("cpu")
 ALL = {
-    "models": [str(TINY), "llama3.2-1b"],
+    "models": [str(TINY), "llama3.2-1b", str(TINY_MOE)],
     "tp_sizes": ["1", "2"],
+    "routing": ["uniform", "zipf"],
+    "per_act_token": ["all"],
     "batch_sizes": ["1", "64"],
     "had_sizes": ["none", "32"],
     "modes": ["all"],
@@ -37,6 +39,9 @@ def records():
         {"modes": ["bf16"]},
         {"modes": ["w4a16", "w4a4"], "had_sizes": ["32"], "formats": ["mxfp4"]},
         {"limit_k": ["2048"], "models": ["llama3.2-1b"], "tp_sizes": ["1"]},
+        {"models": [str(TINY_MOE)], "routing": ["zipf"]},
+        {"models": [str(TINY_MOE)], "limit_num_groups": ["9"]},
+        {"models": [str(TINY_MOE)], "limit_n": ["64"], "per_act_token": ["no"]},
         {"limit_n": ["128"], "models": [str(TINY)], "tp_sizes": ["1"]},
         {"limit_k": ["2048"], "limit_n": ["2048"], "models": ["llama3.2-1b"], "tp_sizes": ["1"]},
     ],

@@ -11,7 +11,9 @@ from fp4bench.cases import Case
 from fp4bench.checking import WrongResultError
 from fp4bench.evidence.record import KEYS
 from fp4bench.formats import MXFP4, ScaleRule
-from fp4bench.problems import W4A16, Accumulation, GemmProblem
+from fp4bench.problems import W4A16, Accumulation, GemmProblem, MoeProblem
+from fp4bench.providers import Phased
+from fp4bench.providers.eager import EagerProvider
 from fp4bench.quantize import decode, quantize
 from fp4bench.timing.clock import CpuClock
 from fp4bench.workers import measure
@@ -162,3 +164,77 @@ def test_a_device_that_does_not_answer_is_not_usable(measurer, monkeypatch):
     measurer._device = SimpleNamespace(is_cuda=True)
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     assert not measurer.usable()
+
+
+# MoE layers, whose copies have choices of their own
+
+
+def moe_case(provider, m=5):
+    return Case(MoeProblem("none", "experts", 1, m, 64, 32, 8, 2, W4A16, MXFP4), provider)
+
+
+class MoeProvider(EagerProvider):
+    """The eager provider, which keeps the inputs it got, and has phases."""
+
+    def __init__(self, wrong=None):
+        self.seen, self.wrong = [], wrong
+
+    def prepare(self, problem, inputs):
+        first = self.seen[0] if self.seen else inputs
+        number = len(self.seen)
+        self.seen.append(inputs)
+        run = super().prepare(problem, first if number == self.wrong else inputs)
+        return Phased({"routing": lambda: None, "products": run})
+
+
+def test_each_copy_of_a_moe_layer_has_other_experts_and_is_held_to_its_own_reference(measurer):
+    provider = MoeProvider()
+    timed = measurer(TimeCase(moe_case(provider)))
+    assert len(provider.seen) == 3
+    assert timed.record["copies"] == 1  # of a clock for CPUs
+    assert timed.record["error"] > 0
+    problem = moe_case(provider).problem
+    for number, inputs in enumerate(provider.seen[1:], start=1):
+        again = problem.copy(provider.seen[0], number)
+        assert torch.equal(inputs.topk_ids, again.topk_ids)
+        assert inputs.weights is again.weights
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_a_copy_that_computes_the_choices_of_the_first_is_wrong(measurer, wrong):
+    with pytest.raises(WrongResultError, match="output is wrong"):
+        measurer(TimeCase(moe_case(MoeProvider(wrong))))
+
+
+def test_phases_of_a_moe_layer_are_in_its_record_and_launches_where_a_clock_has_them(measurer):
+    plain = measurer(TimeCase(moe_case(MoeProvider()))).record
+    assert list(plain["phases"]) == ["routing", "products"]
+    assert 0 < plain["phases"]["routing"] < plain["phases"]["products"]
+    assert plain["eager_seconds"] is plain["launch_seconds"] is None
+    measurer.clock.eager_seconds = lambda calls, bytes_touched: 0.5
+    launched = measurer(TimeCase(moe_case(MoeProvider()))).record
+    assert launched["eager_seconds"] == 0.5
+    assert 0.4 < launched["launch_seconds"] < 0.5
+
+
+def test_other_cases_have_no_launches_and_phases(measurer):
+    record = measurer(TimeCase(case(Provider()))).record
+    assert record["eager_seconds"] is record["launch_seconds"] is record["phases"] is None
+
+
+def test_ranges_are_marked_where_they_are_asked_for(measurer, monkeypatch):
+    marked = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", marked.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: marked.append(None))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    measurer(TimeCase(moe_case(MoeProvider())))
+    assert marked == []
+    measurer._nvtx = True
+    asked = moe_case(MoeProvider())
+    measurer(TimeCase(asked))
+    assert marked == [
+        str(asked),
+        *("prepare", None, "check", None, "time", None),
+        *("routing", None, "products", None),
+        None,
+    ]
