@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = ("machine", "providers", "accept", "report", "drill", "ab", "tune")
+COMMANDS = ("machine", "providers", "accept", "report", "drill", "do-bench", "ab", "tune")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -13,7 +13,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="fp4bench", description="Beside `pytest perf --benchmark-compare`.")
     commands = made.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMANDS:
-        import_module(f"fp4bench.cli.{name}").add_parser(commands)
+        import_module(f"fp4bench.cli.{name.replace('-', '_')}").add_parser(commands)
     return made
 
 

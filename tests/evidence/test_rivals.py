@@ -284,9 +284,22 @@ def test_readings_of_do_bench():
     assert (other.cases, other.flags, other.injected) == (1, 1, {0.02: (1, 1)})
 
 
+def test_a_slowdown_that_was_read_is_not_scaled():
+    readings = [{"uuid": "GPU-1", "seconds": {"a": [1.0, 1.0]}, "slowed": {"0.04": {"a": [1.04, 1.06]}}, "failed": {}}]
+    (one,) = rivals.count(rivals.do_bench_answers(readings, [0.04, 0.06]))
+    assert one.injected == {0.04: (1, 1), 0.06: (1, 1)}
+    readings[0]["slowed"]["0.04"]["a"] = [1.06, 1.04]
+    (one,) = rivals.count(rivals.do_bench_answers(readings, [0.04]))
+    assert one.injected == {0.04: (0, 1)}  # the second reading's, and not the first one's
+
+
 @pytest.mark.parametrize(
     "reading",
-    [{}, [], {"uuid": "x", "seconds": {"a": []}}, {"uuid": "x", "seconds": {"a": [0.0]}}, {"uuid": "x", "seconds": 3}],
+    [
+        *({}, [], {"uuid": "x", "seconds": {"a": []}}, {"uuid": "x", "seconds": {"a": [0.0]}}, {"uuid": "x", "seconds": 3}),
+        {"uuid": "x", "seconds": {"a": [1.0, 1.0]}, "slowed": {"0.02": {"a": [1.0]}}},
+        {"uuid": "x", "seconds": {"a": [1.0]}, "slowed": {"2 %": {"a": [1.0]}}},
+    ],
 )
 def test_what_are_no_readings(reading):
     with pytest.raises(ValueError, match="readings of do_bench_cudagraph"):
@@ -341,7 +354,7 @@ def test_the_notes_say_what_was_counted(baseline):
     ]
     found = rivals.notes(runs, [runs[2]], rivals.count(answers(DO_BENCH, [True])))
     assert found[0].startswith("36 timings in 3 runs of 2 cards; 2 of them were slowed down on purpose (1 by 2 %, 1 by 5 %).")
-    assert any("a slowdown is a reading scaled" in note for note in found)
+    assert any("else a reading is scaled" in note for note in found)
     assert any("not measured again in fresh processes" in note for note in found)
     assert found[-1] == "1 of 1 runs to compare with have injected slowdowns and were left out."
     assert not any(note.startswith(CONFIRMED) for note in found)
