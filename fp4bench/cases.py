@@ -64,6 +64,7 @@ class Case:
             "mode": str(matmul.mode if matmul else rule),
             "provider": self.provider.name,
             "provider_version": self.provider.version,
+            "provider_variant": getattr(self.provider, "variant", None),
             "model": problem.model,
             "layer": problem.layer,
             "tp": problem.tp,

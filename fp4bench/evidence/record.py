@@ -18,7 +18,8 @@ FORMAT = 3
 
 # What was computed, who computed it, what came out, and the state it was timed in.
 KEYS = (
-    *("case_id", "op", "format", "mode", "provider", "provider_version", "model", "layer", "tp", "m", "n", "k"),
+    *("case_id", "op", "format", "mode", "provider", "provider_version", "provider_variant"),
+    *("model", "layer", "tp", "m", "n", "k"),
     *("hadamard", "experts", "topk", "experts_hit", "most_tokens", "routing", "fp8_scaling", "activation"),
     *("scale_rule", "flops", "bytes"),
     *("tflops", "tflops_p20", "tflops_p80", "gbps", "roofline_fraction", "speedup_vs_bf16", "error", "exact"),
@@ -28,8 +29,9 @@ KEYS = (
     *("throttle_reasons", "power_w", "temperature_c", "samples", "calls_per_sample", "kernels", "skipped", "injected"),
 )
 
-# Two measurements of a case are comparable only where these agree: the work, and how it was timed.
-COMPARABLE = ("flops", "bytes", "scale_rule", "clock", "l2", "copies", "pace")
+# Two measurements of a case are comparable only where these agree: the work, the way that the provider was asked to do it, and
+# how it was timed. Not the provider's version: what an upgrade slows down is to be seen.
+COMPARABLE = ("flops", "bytes", "scale_rule", "provider_variant", "clock", "l2", "copies", "pace")
 
 # Modes whose activations have 8 bits or 4, held to the rate of 8-bit matrix units: Hopper has no smaller ones, and where there
 # are 4-bit ones, which have no ceiling yet, a fraction may exceed 1. The others are held to 16 bits.

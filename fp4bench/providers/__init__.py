@@ -70,6 +70,7 @@ class Provider(Protocol):
     rules: by format name, the scale rules it implements; the first one is that of its GEMMs and MoE layers.
 
     It may also have
+    variant: how a user has it do the same work, where there is a choice: measurements of different variants are not compared.
     moe_modes: names of the modes of its MoE layers, where they are not `modes`.
     accumulation(problem, device) -> Accumulation | None: how it adds up products where that is less exact than the mode allows,
     which is what its outputs are checked for.

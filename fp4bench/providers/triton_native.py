@@ -13,7 +13,7 @@ from fp4bench.providers import Runner, import_optional, installed_version, trito
 from fp4bench.quantize import quantize
 
 # Programmatic dependent launch: a kernel reads its first weights while the one before it still runs. Kernels of a server follow
-# each other as those of a timed graph do, so it is on; "0" times without it, and the recorded version says so.
+# each other as those of a timed graph do, so it is on; "0" times without it, and the record says so.
 PDL_VARIABLE = "FP4BENCH_TRITON_PDL"
 
 _HOPPER = (9, 0)
@@ -32,6 +32,7 @@ class TritonProvider:
 
     def __init__(self) -> None:
         self._pdl = os.environ.get(PDL_VARIABLE, "1") != "0"
+        self.variant = None if self._pdl else "nopdl"
         version = installed_version("triton")
         self.version = version if version is None or self._pdl else f"{version}+nopdl"
 

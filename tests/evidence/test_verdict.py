@@ -317,7 +317,15 @@ def test_a_case_without_a_baseline_is_new():
 
 @pytest.mark.parametrize(
     "change",
-    [{"clock": "perf_counter"}, {"l2": "warm"}, {"flops": 2}, {"bytes": 2}, {"scale_rule": "even"}, {"pace": "sustained"}],
+    [
+        {"clock": "perf_counter"},
+        {"l2": "warm"},
+        {"flops": 2},
+        {"bytes": 2},
+        {"scale_rule": "even"},
+        {"pace": "sustained"},
+        {"provider_variant": "nopdl"},
+    ],
     ids=str,
 )
 def test_other_work_or_another_clock_is_never_compared(change):
@@ -326,6 +334,10 @@ def test_other_work_or_another_clock_is_never_compared(change):
     (key, value) = next(iter(change.items()))
     assert verdict.detail.startswith(f"{key} was ")
     assert verdict.detail.endswith(f", is {value}")
+
+
+def test_another_version_of_the_same_provider_is_compared():
+    assert judged(timing(9.0, provider_version="2.0")).outcome is Outcome.REGRESSED
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fp4bench.cases import Case
 from fp4bench.devices import Device
 from fp4bench.formats import MXFP4, NVFP4
 from fp4bench.problems import W4A8, W4A16, GemmProblem, MoeProblem
@@ -40,11 +41,14 @@ def test_it_says_where_it_does_not(monkeypatch):
     assert why_not(TritonProvider(), problem(), H200) == "Triton is not installed"
 
 
-def test_timing_without_launch_overlap_is_part_of_the_version(monkeypatch):
+def test_timing_without_launch_overlap_is_another_variant(monkeypatch):
     monkeypatch.setenv(triton_native.PDL_VARIABLE, "0")
-    assert TritonProvider().version.endswith("+nopdl")
+    provider = TritonProvider()
+    assert provider.version.endswith("+nopdl")
+    assert Case(problem(), provider).facts()["provider_variant"] == "nopdl"
     monkeypatch.delenv(triton_native.PDL_VARIABLE)
     assert "nopdl" not in TritonProvider().version
+    assert Case(problem(), TritonProvider()).facts()["provider_variant"] is None
 
 
 def layer(mode=W4A16, format=NVFP4, m=1, hidden=128):
