@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from itertools import product
 from math import inf, isnan, log10, nan
 from pathlib import Path
 
@@ -17,7 +18,16 @@ from hypothesis import strategies as st
 
 from fp4bench.formats import FORMATS, MXFP4, NVFP4, ScaleRule, e2m1
 from fp4bench.hadamard import rotate
-from fp4bench.quantize import decode, decode_fp8_rows, dequantize, quantize, quantize_fp8_rows, scale_values
+from fp4bench.quantize import (
+    decode,
+    decode_fp8_rows,
+    decode_fp8_tiles,
+    dequantize,
+    quantize,
+    quantize_fp8_rows,
+    quantize_fp8_tiles,
+    scale_values,
+)
 from fp4bench.reference import quantize_by_formula
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -638,6 +648,28 @@ def test_fp8_rows_err_by_half_an_ulp_of_e4m3(dtype):
     # Three mantissa bits: 1/16 of the value, or half of the smallest subnormal 2**-9 times the scale; and float32 roundings.
     bound = torch.maximum(x.float().abs() / 16, 2.0**-10 * q.scales) * (1 + 2**-20)
     assert bool(((decode_fp8_rows(q) - x.float()).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (128, 256), (130, 200)])
+@pytest.mark.parametrize("tile", [(None, None), (1, None), (1, 128), (128, 128), (4, 3)])
+def test_fp8_tiles_have_the_codes_of_rows_that_hold_just_them(shape, tile):
+    x = randn(*shape)
+    q = quantize_fp8_tiles(x, *tile)
+    rows, columns = (whole if part is None else part for part, whole in zip(tile, shape, strict=True))
+    starts = range(0, shape[0], rows), range(0, shape[1], columns)
+    assert (q.values.shape, q.scales.shape) == (shape, tuple(map(len, starts)))
+    for i, j in product(*map(range, map(len, starts))):
+        part = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+        alone = quantize_fp8_rows(x[part].reshape(1, -1))
+        assert q.scales[i, j] == alone.scales
+        assert torch.equal(q.values[part].float().reshape(1, -1), alone.values.float())
+        assert torch.equal(decode_fp8_tiles(q)[part].reshape(1, -1), decode_fp8_rows(alone))
+
+
+def test_no_rows_have_no_tiles_but_those_along_k():
+    q = quantize_fp8_tiles(torch.zeros(0, 256), 1, 128)
+    assert (q.values.shape, q.scales.shape, decode_fp8_tiles(q).shape) == ((0, 256), (0, 2), (0, 256))
+    assert decode_fp8_tiles(quantize_fp8_tiles(torch.zeros(0, 256), None, None)).shape == (0, 256)
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------------

@@ -149,3 +149,23 @@ def test_a_failed_capture_leaves_a_shared_memory_usable():
     x = torch.randn(1 << 20, device="cuda")
     assert clock.measure([lambda: x.sum().item()], x.nbytes).clock == "cuda_events"
     assert clock.measure([lambda: x.sum()], x.nbytes).clock == "cuda_graph_stamps"
+
+
+def test_a_cpu_has_no_other_way_to_launch():
+    assert CpuClock().eager_seconds([lambda: None], 8) is None
+
+
+@pytest.mark.gpu
+def test_calls_without_a_graph_take_their_launches_or_their_work(cuda_clock):
+    import torch
+
+    small = [torch.randn(1 << 24, device="cuda") for _ in range(cuda_clock.copies(1 << 27))]
+    tiny = torch.zeros(1, device="cuda")
+    # Launches of 40 kernels of nothing: in a graph they cost the GPU a third of what they cost the host.
+    calls = [lambda x=x: ([tiny.add_(1) for _ in range(40)], x.neg_()) for x in small]
+    graph, eager = cuda_clock.measure(calls, 1 << 27), cuda_clock.eager_seconds(calls, 1 << 27)
+    assert eager > 1.2 * middle(graph.seconds)
+    large = torch.randn(1 << 28, device="cuda")
+    graph, eager = (time_it([large.neg_], 2 << 30) for time_it in (cuda_clock.measure, cuda_clock.eager_seconds))
+    assert eager == pytest.approx(middle(graph.seconds), rel=0.05)
+    assert cuda_clock.eager_seconds([large.neg_], 1 << 10) is None  # no rotation would keep so little cold
