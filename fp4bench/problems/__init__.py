@@ -8,6 +8,7 @@ from fp4bench.problems.gemm import GemmInputs, GemmProblem
 from fp4bench.problems.modes import (
     BF16,
     BLOCK,
+    CUT_FP8_SUMS,
     FLOAT32_SUMS,
     FP8,
     FP8_SCALINGS,
@@ -40,6 +41,7 @@ __all__ = [
     "BATCH_SIZES",
     "BF16",
     "BLOCK",
+    "CUT_FP8_SUMS",
     "FLOAT32_SUMS",
     "FP8",
     "FP8_SCALINGS",

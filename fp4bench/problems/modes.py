@@ -14,6 +14,9 @@ class Accumulation:
 FLOAT32_SUMS = Accumulation(bits=24, terms=1)
 # Hopper's tensor cores on FP8 operands (DeepSeek-V3, arXiv 2412.19437, section 3.5.2).
 FP8_SUMS = Accumulation(bits=14, terms=32)
+# The same where nothing else adds up: bits beyond the 14 are cut off (same place), which errs by up to twice what rounding
+# does.
+CUT_FP8_SUMS = Accumulation(bits=13, terms=32)
 
 
 @dataclass(frozen=True)

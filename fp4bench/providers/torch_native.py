@@ -7,7 +7,7 @@ import torch
 
 from fp4bench.devices import Device
 from fp4bench.formats import ScaleRule
-from fp4bench.problems import GemmInputs, GemmProblem, MoeProblem, Problem
+from fp4bench.problems import CUT_FP8_SUMS, Accumulation, GemmInputs, GemmProblem, MoeProblem, Problem
 from fp4bench.providers import Runner
 from fp4bench.providers.torch_moe import prepare_moe, why_not_moe
 from fp4bench.quantize import quantize_fp8_rows
@@ -55,6 +55,10 @@ class TorchFastFp8Provider(TorchProvider):
     ops = ("gemm",)
     modes = ("fp8",)
     _fast = True
+
+    def accumulation(self, problem: GemmProblem, device: Device) -> Accumulation:
+        """Nothing but the tensor cores adds up."""
+        return CUT_FP8_SUMS
 
 
 def _scaled_mm(inputs: GemmInputs, fast: bool) -> Runner:

@@ -2,7 +2,7 @@
 
 Weights and activations are E4M3 with a float32 scale, amax / 448, a tensor, a row, or a block of 128 (`Fp8Scaling`). Weights
 are quantized here, activations within the call, by the operators of vLLM's libraries; the launch is that of vLLM's table for
-this GPU where it has one, else its default. Products are summed up in the tensor cores' own accumulators (`FP8_SUMS`).
+this GPU where it has one, else its default. Products are summed up in the tensor cores alone.
 
 Its kernel scales tensors, rows with channels, or blocks. Rows with tensors, and tensors with channels, are the second with a
 scale that is read again for every row, as vLLM does not offer it: the kernel is the same.
@@ -17,7 +17,7 @@ import torch
 
 from fp4bench.devices import Device
 from fp4bench.formats import ScaleRule
-from fp4bench.problems import ExpertWeights, Fp8Scaling, MoeInputs, MoeProblem, Problem
+from fp4bench.problems import CUT_FP8_SUMS, Accumulation, ExpertWeights, Fp8Scaling, MoeInputs, MoeProblem, Problem
 from fp4bench.providers import Phased, Runner, import_optional, vllm_fused_moe, vllm_moe, vllm_ops
 from fp4bench.quantize import quantize_fp8_tiles
 
@@ -62,6 +62,10 @@ class VllmTritonProvider:
                 f"vLLM takes blocks of {_BLOCK} in sizes that hold whole ones, not {problem.hidden} and {problem.intermediate}"
             )
         return None
+
+    def accumulation(self, problem: MoeProblem, device: Device) -> Accumulation:
+        """Nothing but the tensor cores adds up."""
+        return CUT_FP8_SUMS
 
     def prepare(self, problem: Any, inputs: MoeInputs) -> Runner:
         """Copies of the inputs share the quantized weights."""

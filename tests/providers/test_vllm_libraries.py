@@ -5,11 +5,11 @@ Needs a GPU's driver, which the libraries are linked to, and not the GPU that a 
 
 import pytest
 import torch
-from vllm_stand_in import CUTLASS, MARLIN, QUTLASS
+from vllm_stand_in import CUTLASS, MARLIN, MOE, MOE_STEPS, QUTLASS
 
 from fp4bench.providers import vllm_ops
 
-pytestmark = pytest.mark.gpu
+_FAMILIES = [("MAIN", MARLIN), ("MAIN", CUTLASS), ("MAIN", MOE_STEPS), ("MOE", MOE), ("QUTLASS", QUTLASS)]
 
 # The version whose schemas a version of vLLM has, as far as it is known.
 _OF = {"0.20": "0.26.0", "0.26": "0.26.0", "0.33": "0.33.0"}
@@ -27,7 +27,17 @@ def parsed(schema):
     return torch._C.parse_schema(schema.replace("Tensor!", "Tensor(z!)"))
 
 
-@pytest.mark.parametrize(("family", "schemas"), [("MAIN", MARLIN), ("MAIN", CUTLASS), ("QUTLASS", QUTLASS)], ids=str)
+def same(one, other):
+    """Whether two schemas take and return the same, by the same names."""
+
+    def form(schema):
+        return [(a.name, str(a.type), a.kwarg_only) for a in schema.arguments], [str(r.type) for r in schema.returns]
+
+    return form(one) == form(other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "schemas"), _FAMILIES, ids=str)
 def test_the_real_schemas_are_those_of_the_stand_ins(family, schemas):
     operators = getattr(vllm_ops, family)
     version = operators.version()
@@ -39,8 +49,4 @@ def test_the_real_schemas_are_those_of_the_stand_ins(family, schemas):
     for schema in schemas[_OF[short]] if isinstance(schemas, dict) else schemas:
         real = registered(operators, schema)
         assert real is not None, schema
-        want = parsed(schema)
-        assert [(a.name, str(a.type), a.kwarg_only) for a in real.arguments] == [
-            (a.name, str(a.type), a.kwarg_only) for a in want.arguments
-        ]
-        assert [str(r.type) for r in real.returns] == [str(r.type) for r in want.returns]
+        assert same(real, parsed(schema)), f"{real} is not {schema}"
