@@ -120,3 +120,17 @@ def by_name(schema, function):
     """`function`, called by position, with its arguments by the names of `schema`."""
     names = [argument.name for argument in schema.arguments]
     return lambda *arguments, **rest: function(**dict(zip(names, arguments, strict=False)), **rest)
+
+
+def parsed(schema):
+    """A schema as torch has it, of the text that a library registers."""
+    return torch._C.parse_schema(schema.replace("Tensor!", "Tensor(z!)"))
+
+
+def same(one, other):
+    """Whether two schemas take and return the same, by the same names."""
+
+    def form(schema):
+        return [(a.name, str(a.type), a.kwarg_only) for a in schema.arguments], [str(r.type) for r in schema.returns]
+
+    return form(one) == form(other)

@@ -4,8 +4,7 @@ Needs a GPU's driver, which the libraries are linked to, and not the GPU that a 
 """
 
 import pytest
-import torch
-from vllm_stand_in import CUTLASS, MARLIN, MOE, MOE_STEPS, QUTLASS
+from vllm_stand_in import CUTLASS, MARLIN, MOE, MOE_STEPS, QUTLASS, parsed, same
 
 from fp4bench.providers import vllm_ops
 
@@ -21,19 +20,6 @@ def registered(operators, schema):
     base, _, overload = name.partition(".")
     found = operators._find(base)
     return None if found is None else getattr(found, overload or "default")._schema
-
-
-def parsed(schema):
-    return torch._C.parse_schema(schema.replace("Tensor!", "Tensor(z!)"))
-
-
-def same(one, other):
-    """Whether two schemas take and return the same, by the same names."""
-
-    def form(schema):
-        return [(a.name, str(a.type), a.kwarg_only) for a in schema.arguments], [str(r.type) for r in schema.returns]
-
-    return form(one) == form(other)
 
 
 @pytest.mark.gpu

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_vllm_libraries import parsed, same
-from vllm_stand_in import CUTLASS, MARLIN, MOE, MOE_STEPS, QUTLASS
+from vllm_stand_in import CUTLASS, MARLIN, MOE, MOE_STEPS, QUTLASS, parsed, same
 
 RECORD = Path(__file__).parent / "vllm-0.26.0-schemas.txt"
 # Of these no run on a GPU has listed the schemas yet.
