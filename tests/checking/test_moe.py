@@ -84,7 +84,7 @@ def test_roundings_between_the_products_agree_and_the_bound_is_near(mode, activa
     assert expected < {"bf16": 0.01, "fp8": 0.06, "fp4": 0.25}[problem.mode.activations]
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode[0] in (FP8, W4A8, W4A4)], ids=str)
+@pytest.mark.parametrize("mode", MODES[1:2] + MODES[5:6] + MODES[8:], ids=MODE_IDS[1:2] + MODE_IDS[5:6] + MODE_IDS[8:])
 def test_another_scale_of_what_is_between_agrees(mode):
     """A static scale, of a provider that has one: each value is rounded anew, and none of them the same way."""
     problem = problem_of(mode)

@@ -49,6 +49,9 @@ def project(pytester, monkeypatch):
             id="swallowed-file",
         ),
         pytest.param(["perf", "--providers=torch", "--modes=w4a4"], "nothing to run: no selected provider has", id="empty"),
+        pytest.param(
+            ["perf/test_moe.py", "--models=llama3.2-1b"], "nothing to run: no selected model and limit leaves experts", id="moe"
+        ),
         pytest.param(["perf", "--benchmark-save=x", "-n", "2"], "leave out -n and --dist", id="xdist", marks=XDIST),
         pytest.param(["--benchmark-compare", "perf"], "took the path 'perf' for its value: put the path first", id="swallowed"),
         pytest.param(
