@@ -41,6 +41,10 @@ _REGISTERS = 65536  # of an SM
 _PRODUCER_REGISTERS = 24  # the fewest that setmaxnreg allows
 _FEWEST_STEPS = 4  # a share of a tile is not worth its partial sum below that
 
+# The first bytes of a workspace, which counters take and leave zero, whatever the launch: 4 for each tile that is cut along k
+# and each warpgroup, and fewer tiles are than CTAs run at once. Enough for 256 SMs of 4 CTAs.
+COUNTER_BYTES = 8192
+
 
 @dataclass(frozen=True)
 class PrefillConfig:
@@ -225,11 +229,12 @@ def gemm(
 ) -> torch.Tensor:
     """out = alpha * x_scale[m] * (x @ weight^T) + bias[n], rounded once. `weight.rest` is not added. Returns out.
 
-    x: bfloat16 or float16 (m, k); or float8_e4m3fn (m, k padded to 64) in `weights.E4M3_ORDER`. The last axis contiguous.
-    out: bfloat16 or float16 (m, n), the last axis contiguous. x_scale: float32 (m). bias: any float (n).
+    x: bfloat16 or float16 (m, k), or padded to whole blocks of the weight and of its rotation; or float8_e4m3fn (m, k padded to
+        64) in `weights.E4M3_ORDER`. The last axis contiguous.
+    out: bfloat16, float16 or float32 (m, n), the last axis contiguous. x_scale: float32 (m). bias: any float (n).
     pdl: overlap with the kernel before and after (`decode`): the first weights do not wait for the one before.
-    workspace: uint8, at least `workspace_bytes`, zero before its first use; each call leaves its counters zero. Calls that may
-        run at the same time need one each.
+    workspace: uint8, at least `workspace_bytes`, its first COUNTER_BYTES zero before its first use; each call leaves them zero,
+        so products of any sizes may use it in turn. Calls that may run at the same time need one each.
 
     No allocation, no synchronization. Raises ValueError for what `why_not` names, and shapes that do not match.
     """
@@ -273,7 +278,7 @@ def _launch(
     (m, k), form = x.shape, _FORMS[x.dtype]
     schedule = Schedule.of(m, weight.tiles, weight.units, config, sms)
     partial, counters, copy = _carve(workspace, m, weight, x.dtype, schedule, config)
-    if copy is not None:
+    if copy is not None and k == weight.k:  # rows that are padded to blocks begin where TMA wants them
         x = copy[:, :k].copy_(x)
     two_level = weight.format.has_tensor_scale
     tiles_per_cta, units_per_step = config.rows // TILE_N, config.depth // UNIT_K
@@ -324,8 +329,8 @@ def _check(x: torch.Tensor, weight: PreparedWeight, out: torch.Tensor, config: P
     reason = why_not(m, weight, x.dtype, config)
     if reason:
         raise ValueError(reason)
-    k_needed = weight.k if x.dtype.itemsize == 2 else weight.units * UNIT_K
-    if k != k_needed or out.shape != (m, weight.n):
+    widest = weight.units * UNIT_K
+    if not (weight.k <= k <= widest if x.dtype.itemsize == 2 else k == widest) or out.shape != (m, weight.n):
         raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of {weight.shape}")
 
 
@@ -348,7 +353,10 @@ def _partial_bytes(schedule: Schedule, config: PrefillConfig) -> int:
 
 
 def _counter_bytes(schedule: Schedule, config: PrefillConfig) -> int:
-    return -(-schedule.shared * config.warpgroups * 4 // 256) * 256
+    needed = schedule.shared * config.warpgroups * 4
+    if needed > COUNTER_BYTES:
+        raise ValueError(f"{schedule.shared} tiles cut along k are more than a workspace has counters for")
+    return COUNTER_BYTES if needed else 0
 
 
 def _copy_bytes(m: int, weight: PreparedWeight, x_dtype: torch.dtype) -> int:

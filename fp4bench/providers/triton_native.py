@@ -8,7 +8,7 @@ import torch
 
 from fp4bench.devices import Device, find_device
 from fp4bench.formats import FORMATS, ScaleRule
-from fp4bench.problems import GemmProblem, MoeProblem, Problem, QuantizeProblem
+from fp4bench.problems import Accumulation, GemmInputs, GemmProblem, MoeProblem, Problem, QuantizeProblem
 from fp4bench.providers import Runner, import_optional, installed_version, triton_moe
 from fp4bench.quantize import quantize
 
@@ -17,16 +17,19 @@ from fp4bench.quantize import quantize
 PDL_VARIABLE = "FP4BENCH_TRITON_PDL"
 
 _HOPPER = (9, 0)
-# The wgmma kernel of more rows is written in Gluon as Triton 3.6 has it; 3.9 refuses its partition into warps.
+# The wgmma kernel is written in Gluon as Triton 3.6 has it; 3.9 refuses its partition into warps.
 _DECODE_ROWS, _GLUON = 16, "3.6."
 
 
 class TritonProvider:
-    """FP4 weights times bfloat16 activations, and quantization by every rule with and without rotation, on Hopper."""
+    """FP4 weights in every mode, and quantization by every rule with and without rotation; MoE layers of FP4 experts.
+
+    On Hopper FP4 activations are multiplied as what they stand for, as `fp4bench.kernels.gemm` says.
+    """
 
     name = "triton"
     ops = ("quantize", "gemm", "moe")
-    modes = ("w4a16",)
+    modes = ("w4a16", "w4a8", "w4a4", "w4a4_noquant")
     moe_modes = triton_moe.MODES
     rules: Mapping[str, tuple[ScaleRule, ...]] = {name: fmt.rules for name, fmt in FORMATS.items()}
 
@@ -37,41 +40,55 @@ class TritonProvider:
         self.version = version if version is None or self._pdl else f"{version}+nopdl"
 
     def why_not(self, problem: Problem, device: Device) -> str | None:
-        if device.capability != _HOPPER:
-            return f"its kernels are measured on Hopper alone (compute capability 9.0), which {device.name} is not"
         if import_optional("triton") is None:
             return "Triton is not installed"
-        if isinstance(problem, GemmProblem) and problem.m > _DECODE_ROWS and not str(self.version).startswith(_GLUON):
-            return f"beyond {_DECODE_ROWS} rows of activations its kernel needs Triton 3.6, and {self.version} is installed"
+        if isinstance(problem, GemmProblem):
+            return self._why_no_gemm(problem, device)
+        if device.capability != _HOPPER:
+            return f"its kernels are measured on Hopper alone (compute capability 9.0), which {device.name} is not"
         if isinstance(problem, MoeProblem):
             return triton_moe.why_not_moe(problem, str(self.version), _GLUON)
         return None
 
+    def accumulation(self, problem: GemmProblem, device: Device) -> Accumulation | None:
+        from fp4bench.kernels import gemm
+
+        assert problem.format is not None
+        return gemm.accumulation(problem.mode, problem.format, problem.m, device)
+
     def prepare(self, problem: Problem, inputs: Any) -> Runner:
-        """The runner writes to one output, the same on each call. Raises ValueError for a weight that is a sum of weights."""
+        """The runner writes to one output, the same on each call."""
         if isinstance(problem, QuantizeProblem):
             return _quantize(problem, inputs)
         if isinstance(problem, MoeProblem):
             return triton_moe.prepare_moe(problem, inputs, self._pdl)
-        from fp4bench.kernels import configs, decode, prefill, weights
+        return _product(problem, inputs, self._pdl)
 
-        assert isinstance(problem, GemmProblem)
+    def _why_no_gemm(self, problem: GemmProblem, device: Device) -> str | None:
+        if device.capability is None:
+            return f"its kernels need a CUDA GPU, not {device.name}"
+        from fp4bench.kernels import gemm
+
         assert problem.format is not None
-        x: torch.Tensor = inputs.x
-        weight = weights.prepare(quantize(inputs.w, problem.format))
-        if weight.rest is not None:
-            raise ValueError(f"{problem}: block scales of one row lie further apart than bfloat16's exponents reach")
-        device = find_device(str(x.device))
-        launch = configs.choose(configs.Work("bf16", problem.format.name, problem.m, problem.n, problem.k), device)
-        out = torch.empty(problem.m, problem.n, dtype=x.dtype, device=x.device)
-        if isinstance(launch, decode.DecodeConfig):
-            pdl = self._pdl
-            return lambda: decode.gemm(x, weight, out, config=launch, pdl=pdl)
-        assert isinstance(launch, prefill.PrefillConfig)
-        assert device.sm_count is not None
-        size = prefill.workspace_bytes(problem.m, weight, x.dtype, launch, device.sm_count)
-        workspace = torch.zeros(size, dtype=torch.uint8, device=x.device)
-        return lambda: prefill.gemm(x, weight, out, config=launch, workspace=workspace)
+        reason = gemm.why_not(problem.mode, problem.format, problem.m, problem.k, problem.hadamard, device)
+        decodes = problem.mode.name == "w4a16" and problem.m <= _DECODE_ROWS
+        if reason or decodes or device.capability != _HOPPER or str(self.version).startswith(_GLUON):
+            return reason
+        return f"its wgmma kernel needs Triton 3.6, and {self.version} is installed"
+
+
+def _product(problem: GemmProblem, inputs: GemmInputs, pdl: bool) -> Runner:
+    from fp4bench.kernels import gemm
+
+    assert problem.format is not None
+    mode, x = problem.mode, inputs.x
+    device = find_device(str(x.device))
+    weight = gemm.lay_out(quantize(inputs.w, problem.format, hadamard=problem.hadamard), mode, device)
+    operand = x if mode.quantizes or mode.activations == "bf16" else gemm.activations(x, weight, mode)
+    size = gemm.workspace_bytes(mode, weight, problem.m, device=device, quantized=operand is not x)
+    workspace = gemm.new_workspace(size, x.device)
+    out = torch.empty(problem.m, problem.n, dtype=x.dtype, device=x.device)
+    return lambda: gemm.gemm(operand, weight, mode, out=out, workspace=workspace, pdl=pdl)
 
 
 def _quantize(problem: QuantizeProblem, x: torch.Tensor) -> Runner:

@@ -5,7 +5,7 @@ import pytest
 from fp4bench.cases import Case
 from fp4bench.devices import Device
 from fp4bench.formats import MXFP4, NVFP4
-from fp4bench.problems import W4A8, W4A16, GemmProblem, MoeProblem
+from fp4bench.problems import W4A4, W4A8, W4A16, GemmProblem, MoeProblem
 from fp4bench.providers import triton_native, why_not
 from fp4bench.providers.triton_native import TritonProvider
 
@@ -13,8 +13,8 @@ H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 B200 = Device("cuda:0", "NVIDIA B200", (10, 0), 148, 126 << 20)
 
 
-def problem(m=1, format=MXFP4):
-    return GemmProblem("some", "o", 1, m, 64, 128, W4A16, format)
+def problem(m=1, format=MXFP4, mode=W4A16):
+    return GemmProblem("some", "o", 1, m, 64, 128, mode, format)
 
 
 @pytest.mark.parametrize("format", [MXFP4, NVFP4])
@@ -35,7 +35,8 @@ def test_more_rows_than_decode_takes_need_the_gluon_that_their_kernel_is_written
 
 
 def test_it_says_where_it_does_not(monkeypatch):
-    assert "NVIDIA B200" in why_not(TritonProvider(), problem(), B200)
+    assert "needs Hopper's wgmma" in why_not(TritonProvider(), problem(17), B200)
+    assert why_not(TritonProvider(), problem(17, mode=W4A4), B200) is None
     assert "cpu" in why_not(TritonProvider(), problem(), Device("cpu", "cpu"))
     monkeypatch.setattr(triton_native, "import_optional", lambda name: None)
     assert why_not(TritonProvider(), problem(), H200) == "Triton is not installed"
