@@ -4,8 +4,9 @@ import contract
 import pytest
 import torch
 from eager import EAGER
+from project import TINY_MOE
 
-from fp4bench.cases import gemm_cases, quantize_cases, select
+from fp4bench.cases import gemm_cases, moe_cases, quantize_cases, select
 from fp4bench.checking import check
 from fp4bench.devices import find_device
 from fp4bench.formats import FORMATS, layouts
@@ -58,3 +59,31 @@ def test_every_case_is_right_and_runs_in_a_cuda_graph(case):
         tensor.zero_()
     graph.replay()
     check(case.problem, inputs, case.rule, out, case.accumulation(find_device()))
+
+
+def _moe_cases():
+    """Those that a graph can hold: the eager provider waits for the choices."""
+    if not torch.cuda.is_available():
+        return []
+    sizes = {"batch_sizes": ["1", "64"], "routing": ["uniform", "one_hot"], "modes": ["bf16", "fp8", "w4a16", "w4a8"]}
+    selection = select({"models": [str(TINY_MOE)], **sizes}, find_device())
+    return [case for case in moe_cases(selection) if case.provider.name != "eager"]
+
+
+@pytest.mark.parametrize("case", _moe_cases(), ids=str)
+def test_every_moe_case_runs_in_a_cuda_graph_that_follows_its_choices(case):
+    if reason := case.why_not(find_device()):
+        pytest.skip(reason)
+    problem = case.problem
+    inputs = problem.inputs("cuda")
+    call = case.provider.prepare(problem, inputs)
+    check(problem, inputs, case.rule, call(), case.accumulation(find_device()))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for number in (0, 3):
+        inputs.topk_ids.copy_(problem.copy(inputs, number).topk_ids)
+        out.fill_(torch.nan)
+        graph.replay()
+        check(problem, inputs, case.rule, out, case.accumulation(find_device()))
