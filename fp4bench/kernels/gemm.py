@@ -8,7 +8,7 @@
 
 `w4a4_noquant` is `w4a4` on what `activations` made before. bfloat16 operands are exact, and summed in float32. E4M3 operands
 are exact but for blocks of x some 2**-12 below the largest of their row (`quantize.fp4_as_e4m3`), and summed by FP8 tensor
-cores, which keep 14 bits: `accumulation` says where.
+cores, which cut sums to 14 bits: `accumulation` says where.
 
 A weight whose scales spread too far for a path is a sum of weights (`PreparedWeight.rest`). Then products of all of them are
 added in float32: rare, right, and slow.
@@ -30,7 +30,7 @@ from fp4bench.kernels.decode import DecodeConfig
 from fp4bench.kernels.prefill import PrefillConfig
 from fp4bench.kernels.quantize import BlockedQuantized, Image
 from fp4bench.kernels.weights import UNIT_K, PreparedWeight, prepare
-from fp4bench.problems import FP8_SUMS, W4A8, W4A16, Accumulation, Mode
+from fp4bench.problems import CUT_FP8_SUMS, W4A8, W4A16, Accumulation, Mode
 from fp4bench.quantize import Quantized, RowQuantized
 
 Weight = PreparedWeight | BlockedQuantized
@@ -92,7 +92,7 @@ def operand_of(mode: Mode, format: BlockFormat, m: int, device: Device) -> str:
 
 def accumulation(mode: Mode, format: BlockFormat, m: int, device: Device) -> Accumulation | None:
     """How products are added up where that is less exact than `mode` allows."""
-    return FP8_SUMS if mode is not W4A8 and operand_of(mode, format, m, device) == "e4m3" else None
+    return CUT_FP8_SUMS if operand_of(mode, format, m, device) == "e4m3" else None
 
 
 @lru_cache(maxsize=4096)

@@ -10,7 +10,7 @@ from fp4bench.devices import Device, find_device  # noqa: E402
 from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
 from fp4bench.kernels import decode, gemm, prefill, weights  # noqa: E402
 from fp4bench.kernels import quantize as quantizers  # noqa: E402
-from fp4bench.problems import FP8_SUMS, W4A4, W4A4_NOQUANT, W4A8, W4A16, GemmProblem  # noqa: E402
+from fp4bench.problems import CUT_FP8_SUMS, W4A4, W4A4_NOQUANT, W4A8, W4A16, GemmProblem  # noqa: E402
 from fp4bench.quantize import decode as values_of  # noqa: E402
 from fp4bench.quantize import quantize, quantize_fp8_rows  # noqa: E402
 
@@ -159,9 +159,9 @@ def test_operands_by_mode_and_rows():
         assert gemm.operand_of(mode, MXFP4, gemm.E4M3_ROWS, H200) == "e4m3"
         assert gemm.operand_of(mode, NVFP4, 5000, H200) == "bf16"
         assert gemm.operand_of(mode, NVFP4, 5000, B200) == "fp4"
-    assert gemm.accumulation(W4A4, MXFP4, gemm.E4M3_ROWS, H200) is FP8_SUMS
+    assert gemm.accumulation(W4A4, MXFP4, gemm.E4M3_ROWS, H200) is CUT_FP8_SUMS
     assert gemm.accumulation(W4A4, MXFP4, 1, H200) is None
-    assert gemm.accumulation(W4A8, MXFP4, 1, H200) is None  # its mode says so already
+    assert gemm.accumulation(W4A8, MXFP4, 1, H200) is CUT_FP8_SUMS
 
 
 def test_scaled_rows_are_not_for_the_decode_kernel():
