@@ -8,6 +8,8 @@ Records hold only right outputs, each within the bound of its own mode. What may
   beside them. It is that of the arithmetic against float64 on the operands as the mode quantizes them; what that quantization
   costs a model is not in it, and is the user's to judge. w4a4_noquant is left out: its time lacks the quantization of the
   activations, which the others either do or do not need.
+
+MoE layers have pools of their own, a routing apart from another.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,23 +26,33 @@ from fp4bench.evidence.tables import markdown_table
 # The format of the JSON file. 1 - first version
 SCHEMA = 1
 
+_OPS = ("gemm", "moe")
 _PARTIAL = ("w4a4_noquant",)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Who competes: providers of one answer, or (`answer` None) of everything that a format's layer can be computed by."""
+    """Who competes: providers of one answer, or (`answer` None) of everything that a format's layer can be computed by.
+
+    op, routing: of all of its answers; a GEMM has no routing.
+    """
 
     format: str
     answer: Answer | None = None
+    op: str = "gemm"
+    routing: str = ""
 
     def __str__(self) -> str:
-        return str(self.answer) if self.answer else f"{self.format} any"
+        if self.answer:
+            return str(self.answer)
+        parts = [] if self.op == "gemm" else [self.op]
+        return " ".join([*parts, self.format, "any", *([self.routing] if self.routing else [])])
 
     def holds(self, answer: Answer) -> bool:
         if self.answer:
             return answer == self.answer
-        return answer.plain or (answer.format == self.format and answer.mode not in _PARTIAL)
+        of_format = answer.plain or (answer.format == self.format and answer.mode not in _PARTIAL)
+        return of_format and (answer.op, answer.routing) == (self.op, self.routing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +70,9 @@ class Best:
 def pools(results: Results) -> list[Pool]:
     """Those of single answers, then those of whole formats. BF16 and FP8 have one of their own where several compute them."""
     single = [a for a in results.answers if not a.plain or len({r.work.provider for r in results.where(answer=a)}) > 1]
-    fp4 = dict.fromkeys(answer.format for answer in results.answers if not answer.plain)
-    return [*(Pool(answer.format, answer) for answer in single), *map(Pool, fp4)]
+    fp4 = dict.fromkeys((answer.format, answer.op, answer.routing) for answer in results.answers if not answer.plain)
+    whole = [Pool(fmt, None, op, routing) for fmt, op, routing in fp4]
+    return [*(Pool(answer.format, answer, answer.op, answer.routing) for answer in single), *whole]
 
 
 def best(results: Results, pool: Pool) -> list[Best]:
@@ -83,8 +96,8 @@ def _slower(a: Result, b: Result) -> int:
 
 
 def lines(results: Results) -> list[str]:
-    """Markdown: a table for each pool. Raises ResultsError where the runs timed no GEMM."""
-    results = results.of("gemm")
+    """Markdown: a table for each pool. Raises ResultsError where the runs timed neither a GEMM nor a MoE layer."""
+    results = results.of(*_OPS)
     found = [f"The fastest right providers, {results.caption()}", *(f"- {note}" for note in results.notes())]
     for pool in pools(results):
         found += ["", f"### {pool}", "", *_table(results, pool)]
@@ -126,11 +139,13 @@ def as_json(results: Results) -> dict[str, Any]:
     `ranges`. A range holds for m_min <= m <= m_max, and names provider, mode, hadamard and scale_rule of the fastest, with
     `measured`: m, seconds, speedup_vs_bf16 (within one run, or None), error, and `second`: None, or who is next, as above, with
     `ratio`, its seconds over those of the fastest, and `same_run`.
+    Tables of MoE layers also have `op`, "moe", and `routing`, and their layers `experts`: how many there are and how many a
+    token has; n is then the intermediate size and k the hidden one.
     Ranges of one layer touch: between two batch sizes that were timed they meet at the geometric mean. Nothing was measured
     below the first and above the last.
-    Raises ResultsError where the runs timed no GEMM.
+    Raises ResultsError where the runs timed neither a GEMM nor a MoE layer.
     """
-    results = results.of("gemm")
+    results = results.of(*_OPS)
     tables = [_json_of_pool(results, pool) for pool in pools(results)]
     fastest = {at["provider"] for table in tables for layer in table["layers"] for at in layer["ranges"]}
     facts = ("machine", "gpu", "compute_capability", "driver", "cuda", "torch", "triton")
@@ -157,11 +172,22 @@ def _json_of_pool(results: Results, pool: Pool) -> dict[str, Any]:
         "format": None if pool.answer and pool.answer.plain else pool.format,
         "mode": pool.answer.mode if pool.answer else None,
         "hadamard": pool.answer.hadamard if pool.answer else None,
+        **({"op": pool.op, "routing": pool.routing or "uniform"} if pool.op == "moe" else {}),
         "layers": [
-            {"n": shape.n, "k": shape.k, "names": list(results.layers[shape]), "ranges": list(_ranges(found))}
+            {
+                "n": shape.n,
+                "k": shape.k,
+                **_experts(shape),
+                "names": list(results.layers[shape]),
+                "ranges": list(_ranges(found)),
+            }
             for shape, found in by_shape.items()
         ],
     }
+
+
+def _experts(shape: Shape) -> dict[str, list[int]]:
+    return {"experts": list(shape.experts)} if shape.experts else {}
 
 
 def _ranges(found: Sequence[Best]) -> Iterator[dict[str, Any]]:

@@ -178,11 +178,11 @@ class Results:
         """Results whose work has these values of `answer`, `provider`, `shape` or `m`."""
         return [result for work, result in self.by_work.items() if all(getattr(work, axis) == v for axis, v in wanted.items())]
 
-    def of(self, op: str) -> "Results":
-        """Those of one operation. Raises ResultsError where there is none."""
-        found = {work: result for work, result in self.by_work.items() if work.answer.op == op}
+    def of(self, *ops: str) -> "Results":
+        """Those of some operations. Raises ResultsError where there is none."""
+        found = {work: result for work, result in self.by_work.items() if work.answer.op in ops}
         if not found:
-            raise ResultsError(f"{_names(self.runs)}: there is no {op} in what was asked for")
+            raise ResultsError(f"{_names(self.runs)}: there is no {' and no '.join(ops)} in what was asked for")
         return Results(self.runs, found, self.layers)
 
     def named(self, shape: Shape) -> str:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from products import product, quantization, results_of, run_of
+from products import moe, product, quantization, results_of, run_of
 
 from fp4bench.evidence import frontier
 from fp4bench.evidence.results import ResultsError
@@ -119,3 +119,29 @@ def test_a_run_without_products_has_no_frontier(tmp_path):
     for make in (frontier.lines, frontier.as_json):
         with pytest.raises(ResultsError, match="there is no gemm"):
             make(results_of(tmp_path, run_of(quantization("a", 1, 10))))
+
+
+def test_moe_layers_compete_with_moe_layers_of_their_routing(tmp_path):
+    run = run_of(
+        product("a", "w4a16", 4, 1),
+        moe("torch", "bf16", 4, 90),
+        moe("a", "w4a16", 4, 30),
+        moe("b", "w4a16", 4, 20),
+        moe("c", "fp8", 4, 25, fp8_scaling="token_channel"),
+        moe("a", "w4a16", 4, 40, routing="zipf"),
+        moe("a", "w4a16", 4, 10, experts=16),
+    )
+    results = results_of(tmp_path, run)
+    lines = frontier.lines(results)
+    assert [row[1:5] for row in rows(lines, "moe mxfp4 w4a16")] == [
+        ["b", "4", "20.00 us", "4.50x"],
+        ["a", "4", "10.00 us", "9.00x"],
+    ]
+    assert next(row[1:6] for row in rows(lines, "moe mxfp4 any")) == [
+        *("b moe mxfp4 w4a16", "4", "20.00 us", "4.50x", "c moe fp8 token_channel"),
+    ]
+    assert [row[1] for row in rows(lines, "moe mxfp4 any zipf")] == ["a moe mxfp4 w4a16 zipf"]
+    told = of_pool(frontier.as_json(results), "moe mxfp4 w4a16")
+    assert (told["op"], told["routing"]) == ("moe", "uniform")
+    assert [(layer["n"], layer["k"], layer["experts"]) for layer in told["layers"]] == [(128, 256, [8, 2]), (128, 256, [16, 2])]
+    assert "op" not in of_pool(frontier.as_json(results), "mxfp4 w4a16")
