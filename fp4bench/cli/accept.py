@@ -39,8 +39,11 @@ def run(args: argparse.Namespace) -> int:
     """Show the change and write the files. Raises ValueError with one sentence where a run is refused."""
     candidates = examine(args.runs, args.folder, args.allow_dirty)
     table = before_after(candidates.baseline, [candidate.run for candidate in candidates.runs])
+    anew = [case_id for moves in candidates.moves for case_id in moves.restarts]
+    waiting = _named("moved in one run", candidates.waiting)
     changes = [
-        *_named("that moved start anew", [case_id for restarts in candidates.restarts for case_id in restarts]),
+        *_named("that moved start anew", anew),
+        *(f"{line} (until the next run shows it too, both times count)" for line in waiting),
         *_named("leave the baseline", candidates.retired(args.retire)),
     ]
     sys.stdout.write("\n".join([*table, *changes, *(f"note: {note}" for note in candidates.notes)]) + "\n")

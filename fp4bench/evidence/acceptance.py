@@ -1,8 +1,8 @@
 """Taking finished runs into a machine's baseline: what is refused, and what is written."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -28,6 +28,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Moves:
+    """Cases of a run that moved beside the baseline: those that start anew with it, and FASTER or REGRESSED of those that wait.
+
+    What waits counts beside the runs before it, so that the case is blind, until the next accepted run shows the same or not.
+    """
+
+    restarts: tuple[str, ...] = ()
+    alone: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Candidates:
     """Runs of one machine that may be accepted together, the folder they go to, and what is there already."""
 
@@ -46,20 +57,44 @@ class Candidates:
         ]
 
     @cached_property
-    def restarts(self) -> tuple[tuple[str, ...], ...]:
-        """Of each run, the cases that start anew with it: they are FASTER or REGRESSED beside the baseline as it was.
+    def moves(self) -> "tuple[Moves, ...]":
+        """Of each run, what moved beside the confirmed baseline as it was, and whether it is the second in a row to say so.
 
-        With several runs a case starts anew at the first that holds it, timed in the way in which it moved.
+        One run is not enough: a case that is fast in one process of fifteen would be judged by that one ever after (an eager
+        chain of 49 kernels, NVIDIA H200: 125 us, and 143 in all others). Nor would measuring it again there and then do: such a
+        case was as fast again where it was measured with few others.
         """
         if self.baseline is None:
-            return tuple(() for _ in self.runs)
-        moved = {(c, way(one.run.cases[c])) for one in self.runs for c in _moved(self.baseline, one.run)}
+            return tuple(Moves() for _ in self.runs)
+        known: dict[tuple[str, Any], str | None] = {}  # what the run before was alone to show; None once a case starts anew
         found = []
         for one in self.runs:
-            anew = [(c, way(timing)) for c, timing in one.run.cases.items() if (c, way(timing)) in moved]
-            moved -= set(anew)
-            found.append(tuple(case_id for case_id, _ in anew))
+            baseline = self.baseline.on(card_of(one.run.session), *way_of(one.run.cases.values()))
+            outcomes = _moved(baseline.confirmed, one.run)
+            restarts, alone = [], {}
+            for case_id, timing in one.run.cases.items():
+                key, outcome = (case_id, way(timing)), outcomes.get(case_id, "")
+                last = known.get(key, _alone_before(baseline, case_id))
+                if last is None:
+                    continue
+                known[key] = outcome
+                if outcome and outcome == last:
+                    restarts.append(case_id)
+                    known[key] = None
+                elif outcome:
+                    alone[case_id] = outcome
+            found.append(Moves(tuple(restarts), alone))
         return tuple(found)
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """Cases that moved in the last of these runs that holds them, and have not been confirmed."""
+        last = {
+            case_id: case_id in moves.alone
+            for one, moves in zip(self.runs, self.moves, strict=True)
+            for case_id in one.run.cases
+        }
+        return tuple(case_id for case_id, alone in last.items() if alone)
 
     def retired(self, globs: Sequence[str]) -> tuple[str, ...]:
         """Cases of the baseline that a glob matches, or that it names. Raises AcceptError for a glob without any."""
@@ -114,9 +149,10 @@ def accept(candidates: Candidates, name: str, reason: str, today: date, retire: 
     if not (reason := " ".join(reason.split())):
         raise AcceptError("the reason is empty: say why these runs become the baseline")
     paths: list[Path] = []
-    for candidate, restarts in zip(candidates.runs, candidates.restarts, strict=True):
+    for candidate, moves in zip(candidates.runs, candidates.moves, strict=True):
         said = {"name": name, "reason": reason, "date": today.isoformat()}
-        changes = {"restarts": list(restarts), "retired": [] if paths else list(retired)}
+        retiring = [] if paths else list(retired)
+        changes = {"restarts": list(moves.restarts), "alone": dict(moves.alone), "retired": retiring}
         info = candidate.stored["fp4bench"] | {"accepted": said | {key: ids for key, ids in changes.items() if ids}}
         try:
             paths.append(store(candidate.stored | {"fp4bench": info}, candidates.folder, name))
@@ -151,9 +187,15 @@ def _refuse_unfit(candidate: Candidate, allow_dirty: bool) -> None:
         raise AcceptError(f"{run.path} does not say of which commit it is: record it in a git checkout, or say --allow-dirty")
 
 
-def _moved(baseline: Baseline, run: StoredRun) -> list[str]:
-    verdicts = judge(baseline.on(card_of(run.session), *way_of(run.cases.values())), run.cases, POLICIES)
-    return [case_id for case_id, found in verdicts.items() if found.outcome in (Outcome.FASTER, Outcome.REGRESSED)]
+def _moved(baseline: Baseline, run: StoredRun) -> dict[str, str]:
+    verdicts = judge(baseline, run.cases, POLICIES)
+    return {c: found.outcome.value for c, found in verdicts.items() if found.outcome in (Outcome.FASTER, Outcome.REGRESSED)}
+
+
+def _alone_before(baseline: Baseline, case_id: str) -> str:
+    """What the newest accepted run of a case was alone to show."""
+    end = baseline.unconfirmed.get(case_id)
+    return end[-1][0].alone[case_id] if end else ""
 
 
 def _matches(case_id: str, glob: str) -> bool:

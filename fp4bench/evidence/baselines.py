@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
@@ -44,8 +44,13 @@ class StoredRun:
 
     @property
     def restarts(self) -> tuple[str, ...]:
-        """Cases that this run showed to have moved when it was accepted: their history begins here."""
+        """Cases that had moved when this run was accepted: their history begins here, or at runs `alone` before it."""
         return tuple((self.info.get("accepted") or {}).get("restarts", ()))
+
+    @property
+    def alone(self) -> dict[str, str]:
+        """Cases that had moved by this run alone when it was accepted, FASTER or REGRESSED: the next one has to confirm it."""
+        return dict((self.info.get("accepted") or {}).get("alone", {}))
 
     @property
     def retired(self) -> tuple[str, ...]:
@@ -71,18 +76,41 @@ class Baseline:
         """Session and timing of each run that holds a case, oldest first, by case id.
 
         Only the newest runs that are comparable with the newest one: a case whose work or clock changed starts anew there, and
-        so does one that had moved when a run was accepted, on all cards. What was retired is left out until a run holds it.
+        so does one that had moved in two accepted runs, on all cards. What was retired is left out until a run holds it.
         """
-        histories: defaultdict[str, list[tuple[str, Timing]]] = defaultdict(list)
+        stretches = ((case_id, _newest_stretch(history)) for case_id, history in self._histories.items() if history)
+        return {case_id: tuple((run.session, timing) for run, timing in stretch) for case_id, stretch in stretches}
+
+    @cached_property
+    def _histories(self) -> "dict[str, _History]":
+        histories: defaultdict[str, _History] = defaultdict(list)
         for run in self.runs:
             for case_id in run.retired:
                 histories.pop(case_id, None)
             for case_id in run.restarts:
-                histories[case_id] = _of_another_way(histories[case_id], run.cases.get(case_id))
+                histories[case_id] = _begun_anew(case_id, histories[case_id], run.cases.get(case_id))
             for case_id, timing in run.cases.items():
                 if self.holds(timing):
-                    histories[case_id].append((run.session, timing))
-        return {case_id: _newest_stretch(history) for case_id, history in histories.items() if history}
+                    histories[case_id].append((run, timing))
+        return histories
+
+    @cached_property
+    def unconfirmed(self) -> "dict[str, _History]":
+        """The newest runs of a case that were `alone` with what they showed: in a noisy case that is luck as often as not."""
+        ends = {case_id: _alone_at_the_end(case_id, history) for case_id, history in self._histories.items()}
+        return {case_id: end for case_id, end in ends.items() if end}
+
+    @property
+    def confirmed(self) -> "Baseline":
+        """The same runs without what is unconfirmed: whether a move is confirmed is asked of the baseline before it."""
+        doubtful = {(run.path, case_id) for case_id, end in self.unconfirmed.items() for run, _ in end}
+        runs = (
+            replace(
+                run, cases={case_id: timing for case_id, timing in run.cases.items() if (run.path, case_id) not in doubtful}
+            )
+            for run in self.runs
+        )
+        return replace(self, runs=tuple(runs))
 
     def holds(self, timing: Timing) -> bool:
         """Whether a timing was taken in the way that is to be compared."""
@@ -130,17 +158,32 @@ def way_of(timings: Iterable[Timing]) -> tuple[str | None, bool | None]:
     return paces.pop() if len(paces) == 1 else None, warmths.pop() if len(warmths) == 1 else None
 
 
-def _of_another_way(history: list[tuple[str, Timing]], timing: Timing | None) -> list[tuple[str, Timing]]:
-    """What a case that moved keeps: a sustained run says nothing of paced ones."""
-    return [entry for entry in history if timing and way(entry[1]) != way(timing)]
+_History = list[tuple[StoredRun, Timing]]  # of a case, oldest first
 
 
-def _newest_stretch(history: list[tuple[str, Timing]]) -> tuple[tuple[str, Timing], ...]:
+def _begun_anew(case_id: str, history: _History, timing: Timing | None) -> _History:
+    """What a case that moved keeps: a sustained run says nothing of paced ones, and what is confirmed counts from its start."""
+    if timing is None:
+        return []
+    same_way = [entry for entry in history if way(entry[1]) == way(timing)]
+    return [entry for entry in history if way(entry[1]) != way(timing)] + _alone_at_the_end(case_id, same_way)
+
+
+def _alone_at_the_end(case_id: str, history: _History) -> _History:
+    """The newest runs that showed one and the same move and were not confirmed when they were accepted."""
+    start = len(history)
+    moved = history[-1][0].alone.get(case_id) if history else None
+    while start and moved and history[start - 1][0].alone.get(case_id) == moved:
+        start -= 1
+    return history[start:]
+
+
+def _newest_stretch(history: _History) -> _History:
     newest = history[-1][1].record
     start = len(history)
     while start and not_comparable(history[start - 1][1].record, newest) is None:
         start -= 1
-    return tuple(history[start:])
+    return history[start:]
 
 
 def not_comparable(before: dict[str, Any], after: dict[str, Any]) -> str | None:

@@ -83,7 +83,14 @@ class _History:
 
 @lru_cache(maxsize=4)
 def _histories(baseline: Baseline) -> dict[str, _History]:
-    return {case_id: _history(runs, baseline.card) for case_id, runs in baseline.cases.items()}
+    return {case_id: _history(runs, _known_card(baseline, case_id)) for case_id, runs in baseline.cases.items()}
+
+
+def _known_card(baseline: Baseline, case_id: str) -> str | None:
+    """The card whose runs the case is compared with. Not one of which there is but a move that no second run has confirmed."""
+    doubtful = [timing for _, timing in baseline.unconfirmed.get(case_id, ())]
+    own = [timing for session, timing in baseline.cases[case_id] if card_of(session) == baseline.card]
+    return baseline.card if any(all(timing is not other for other in doubtful) for timing in own) else None
 
 
 def _history(runs: tuple[tuple[str, Timing], ...], card: str | None) -> _History:

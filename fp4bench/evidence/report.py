@@ -150,6 +150,8 @@ def _acceptance(verdicts: Mapping[str, Verdict], stored: str | None) -> list[str
         return []
     path = stored or "RUN.json"
     note = "" if stored else " (store the run with --benchmark-save=NAME first)"
+    if Outcome.FASTER.value in wanted:
+        note += ", and another run that shows it, for one may be luck"
     return [f'to accept what is {" and ".join(wanted)}: fp4bench accept {path} --name NAME --reason "..."{note}']
 
 

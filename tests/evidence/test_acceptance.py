@@ -9,7 +9,7 @@ from recorded import CASES, MACHINE, edited, scaled, stored_run, timings, write
 
 from fp4bench.evidence.acceptance import AcceptError, accept, examine
 from fp4bench.evidence.baselines import BaselineError, accepted
-from fp4bench.evidence.histories import is_provisional
+from fp4bench.evidence.histories import has_own_runs, is_provisional
 from fp4bench.evidence.verdict import POLICIES, Outcome, judge
 
 TODAY = date(2026, 11, 21)
@@ -166,6 +166,10 @@ def changes(path):
     return said.get("restarts"), said.get("retired")
 
 
+def alone(path):
+    return json.loads(path.read_text(encoding="utf-8"))["fp4bench"]["accepted"].get("alone")
+
+
 def without(run, *case_ids):
     return run | {"benchmarks": [bench for bench in run["benchmarks"] if bench["name"] not in case_ids]}
 
@@ -178,13 +182,71 @@ def outcome_of(tmp_path, run):
     return verdicts[CASES[0]].outcome, is_provisional(baseline, CASES[0])
 
 
-@pytest.mark.parametrize(("factor", "back"), [(1.05, Outcome.FASTER), (0.9, Outcome.REGRESSED)])
-def test_an_accepted_change_is_the_baseline(tmp_path, factor, back):
+@pytest.mark.parametrize(("factor", "moved", "back"), [(1.05, "REGRESSED", Outcome.FASTER), (0.9, "FASTER", Outcome.REGRESSED)])
+def test_a_change_that_two_accepted_runs_show_is_the_baseline(tmp_path, factor, moved, back):
     take(tmp_path, *(stored_run(number) for number in (1, 2, 3, 4)))
-    (path,) = take(tmp_path, scaled(stored_run(5), factor))
+    first, second = take(tmp_path, scaled(stored_run(5), factor), scaled(stored_run(6), factor))
+    assert (changes(first), alone(first)) == ((None, None), {CASES[0]: moved})
+    assert (changes(second), alone(second)) == (([CASES[0]], None), None)
+    assert outcome_of(tmp_path, scaled(stored_run(7), factor)) == (Outcome.SAME, True)
+    assert outcome_of(tmp_path, stored_run(7)) == (back, True)
+
+
+@pytest.mark.parametrize("factor", [1.05, 0.9])
+def test_a_change_that_one_accepted_run_shows_makes_a_case_blind_until_the_next(tmp_path, factor):
+    take(tmp_path, *(stored_run(number) for number in (1, 2)))
+    (path,) = take(tmp_path, scaled(stored_run(3), factor))
+    assert (changes(path), list(alone(path))) == ((None, None), [CASES[0]])
+    for now in (stored_run(4), scaled(stored_run(4), factor)):
+        assert outcome_of(tmp_path, now)[0] in (Outcome.SAME, Outcome.INCONCLUSIVE)
+    (path,) = take(tmp_path, scaled(stored_run(4), factor))
     assert changes(path) == ([CASES[0]], None)
-    assert outcome_of(tmp_path, scaled(stored_run(6), factor)) == (Outcome.SAME, True)
-    assert outcome_of(tmp_path, stored_run(6)) == (back, True)
+    known = accepted(tmp_path / "baselines" / MACHINE, MACHINE)
+    # From the first of the two on.
+    assert [timing.median for _, timing in known.cases[CASES[0]]] == [
+        timings(scaled(stored_run(number), factor))[CASES[0]].median for number in (3, 4)
+    ]
+    assert known.unconfirmed == {}
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_lucky_run_is_one_among_others(tmp_path, together):
+    take(tmp_path, *(stored_run(number) for number in (1, 2)))
+    after = scaled(stored_run(3), 0.88), stored_run(4)
+    if together:
+        take(tmp_path, *after)
+    else:
+        for run in after:
+            take(tmp_path, run)
+    known = accepted(tmp_path / "baselines" / MACHINE, MACHINE)
+    assert len(known.cases[CASES[0]]) == 4
+    assert known.unconfirmed == {}
+    assert outcome_of(tmp_path, stored_run(5))[0] in (Outcome.SAME, Outcome.INCONCLUSIVE)
+    # What is as lucky much later confirms nothing.
+    (path,) = take(tmp_path, scaled(stored_run(6), 0.5))
+    assert changes(path) == (None, None)
+
+
+def test_moves_to_both_sides_confirm_nothing(tmp_path):
+    take(tmp_path, *(stored_run(number) for number in (1, 2, 3, 4)))
+    paths = take(tmp_path, scaled(stored_run(5), 0.9), scaled(stored_run(6), 1.1), scaled(stored_run(7), 0.9))
+    assert [changes(path)[0] for path in paths] == [None, None, None]
+    assert [alone(path)[CASES[0]] for path in paths] == ["FASTER", "REGRESSED", "FASTER"]
+
+
+def on_card(run, name):
+    return run | {"fp4bench": run["fp4bench"] | {"session": f"{name} {run['datetime'][:10]}"}}
+
+
+def test_a_lucky_first_run_of_a_card_does_not_speak_for_it(tmp_path):
+    """It would be all that the card's next runs are compared with."""
+    take(tmp_path, *(on_card(stored_run(n), f"GPU-{1 + n % 3}") for n in range(6)))
+    (path,) = take(tmp_path, on_card(scaled(stored_run(7), 0.88), "GPU-9"))
+    assert alone(path) == {CASES[0]: "FASTER"}
+    known = accepted(tmp_path / "baselines" / MACHINE, MACHINE).on("GPU-9", "paced", False)
+    assert has_own_runs(known, CASES[1])
+    assert not has_own_runs(known, CASES[0])
+    assert judge(known, timings(stored_run(8)), POLICIES)[CASES[0]].outcome is not Outcome.REGRESSED
 
 
 def test_what_did_not_move_keeps_its_history(tmp_path):
@@ -198,19 +260,20 @@ def test_a_case_starts_anew_once_for_the_runs_that_are_accepted_together(tmp_pat
     take(tmp_path, *(stored_run(number) for number in (1, 2, 3, 4)))
     # The first does not hold the case, the other two do.
     after = without(stored_run(5), CASES[0]), scaled(stored_run(6), 1.05), scaled(stored_run(7), 1.05)
-    assert [changes(path)[0] for path in take(tmp_path, *after)] == [None, [CASES[0]], None]
+    assert [changes(path)[0] for path in take(tmp_path, *after)] == [None, None, [CASES[0]]]
     assert len(accepted(tmp_path / "baselines" / MACHINE, MACHINE).cases[CASES[0]]) == 2
+    (path,) = take(tmp_path, scaled(stored_run(8), 1.05))
+    assert (changes(path), alone(path)) == ((None, None), None)
 
 
 def test_a_run_moves_beside_runs_of_its_own_card(tmp_path):
-    def card(run, name):
-        return run | {"fp4bench": run["fp4bench"] | {"session": f"{name} {run['datetime'][:10]}"}}
-
-    take(tmp_path, *(card(scaled(stored_run(n), 1.05 if n > 3 else 1.0), "GPU-2" if n > 3 else "GPU-1") for n in range(1, 7)))
-    (path,) = take(tmp_path, card(scaled(stored_run(7), 1.05), "GPU-2"))
-    assert changes(path) == (None, None)
-    (path,) = take(tmp_path, card(scaled(stored_run(8), 1.05), "GPU-1"))
-    assert changes(path) == ([CASES[0]], None)
+    take(
+        tmp_path, *(on_card(scaled(stored_run(n), 1.05 if n > 3 else 1.0), "GPU-2" if n > 3 else "GPU-1") for n in range(1, 7))
+    )
+    (path,) = take(tmp_path, on_card(scaled(stored_run(7), 1.05), "GPU-2"))
+    assert (changes(path), alone(path)) == ((None, None), None)
+    first, second = take(tmp_path, *(on_card(scaled(stored_run(n), 1.05), "GPU-1") for n in (8, 9)))
+    assert (alone(first), changes(second)[0]) == ({CASES[0]: "REGRESSED"}, [CASES[0]])
 
 
 def test_a_sustained_run_leaves_the_paced_baseline_alone(tmp_path):
@@ -253,4 +316,8 @@ def test_a_paced_run_after_a_sustained_one_moves_beside_paced_ones(tmp_path):
         bench["extra_info"]["pace"] = "sustained"
     take(tmp_path, *(stored_run(number) for number in (1, 2, 3, 4)), sustained)
     (path,) = take(tmp_path, scaled(stored_run(6), 1.05))
+    assert alone(path) == {CASES[0]: "REGRESSED"}
+    # Nor does a sustained run come between two paced ones.
+    take(tmp_path, sustained | {"datetime": "2026-11-28"})
+    (path,) = take(tmp_path, scaled(stored_run(7), 1.05))
     assert changes(path) == ([CASES[0]], None)
