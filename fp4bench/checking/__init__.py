@@ -6,9 +6,10 @@ import torch
 
 from fp4bench.checking.agreement import Agreement, Check, WrongResultError, check_shape, compare, refuse, spread_rows
 from fp4bench.checking.moe import moe_checker
+from fp4bench.checking.ties import tie_steps
 from fp4bench.formats import ScaleRule, e2m1
 from fp4bench.problems import Accumulation, GemmInputs, GemmProblem, MoeProblem, Problem, QuantizeProblem
-from fp4bench.quantize import Quantized, quantize, quantize_fp8_rows
+from fp4bench.quantize import Quantized, RowQuantized, quantize, quantize_fp8_rows
 from fp4bench.reference import Operand, quantize_by_formula, values
 
 __all__ = ["Agreement", "Check", "WrongResultError", "check", "checker"]
@@ -45,7 +46,8 @@ def checker(
 
 
 def _gemm_checker(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | None, accumulation: Accumulation) -> Check:
-    x = values(_operand(problem, problem.mode.activations, inputs.x, rule))
+    quantized = _operand(problem, problem.mode.activations, inputs.x, rule)
+    x = values(quantized)
     w = values(_operand(problem, problem.mode.weights, inputs.w, rule))
     rows = spread_rows(problem.m, _REFERENCE_FLOPS[x.device.type] / (4 * problem.n * problem.k), x.device)
     x = x[rows]
@@ -53,6 +55,10 @@ def _gemm_checker(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | No
     # A sum that cancels to 0 leaves float64's own roundings of decoded NVFP4 values.
     want = torch.where(want.abs() < 2.0**-40 * spread, 0.0, want)
     bound = _rounding_bound(problem.k, accumulation, want, spread)
+    if problem.mode.quantizes and isinstance(quantized, RowQuantized):
+        steps = tie_steps(inputs.x, quantized)[rows]
+        tied = steps.any(dim=1)
+        bound[tied] += steps[tied] @ w.abs().T
 
     def check(out: torch.Tensor) -> Agreement:
         check_shape(out, (problem.m, problem.n))

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from fp4bench.checking.agreement import Agreement, Check, WrongResultError, check_shape, compare, spread_rows
+from fp4bench.checking.ties import tie_steps
 from fp4bench.formats import ScaleRule
 from fp4bench.problems import Accumulation, Activation, MoeInputs, MoeProblem
 from fp4bench.quantize import (
     Quantized,
     RowQuantized,
+    TileQuantized,
     decode_fp8_tiles,
     quantize,
     quantize_fp8_rows,
@@ -78,9 +80,12 @@ def _reference(
     quantizer = _Quantizer(problem, rule)
     w = inputs.weights
     ids, weights = inputs.topk_ids[rows], inputs.topk_weights[rows].double()[..., None]
-    x = values(quantizer.activations(inputs.x))[rows].repeat_interleave(problem.topk, dim=0)
-    sums, squares = grouped_gemm(x, ids.flatten(), lambda e: quantizer.weights(w.w13(e)), _bias(problem, w.b13), [x.square()])
-    sums_variance = _sum_variance(squares, problem.hidden, accumulation) + _BF16_VARIANCE * sums.square()
+    quantized = quantizer.activations(inputs.x)
+    x, ties = (part[rows].repeat_interleave(problem.topk, dim=0) for part in (values(quantized), _ties(inputs.x, quantized)))
+    sums, squares, tied = grouped_gemm(
+        x, ids.flatten(), lambda e: quantizer.weights(w.w13(e)), _bias(problem, w.b13), [x.square(), ties.square()]
+    )
+    sums_variance = _sum_variance(squares, problem.hidden, accumulation) + tied + _BF16_VARIANCE * sums.square()
     hidden = activate(sums, problem.activation)
     hidden_variance = _activated_variance(sums, sums_variance, problem.activation) + _BF16_VARIANCE * hidden.square()
     between = quantizer.activations(hidden.float())
@@ -123,6 +128,13 @@ def _activated_variance(sums: torch.Tensor, variance: torch.Tensor, activation: 
     of_gate, of_up = up * sigmoid * (1 + activation.alpha * gate * (1 - sigmoid)), gate * sigmoid
     gate_variance, up_variance = variance.chunk(2, dim=-1)
     return of_gate.square() * gate_variance + of_up.square() * up_variance
+
+
+def _ties(x: torch.Tensor, quantized: Operand) -> torch.Tensor:
+    """How far each value of x moves where it may be rounded the other way. float64, the shape of x."""
+    if isinstance(quantized, RowQuantized | TileQuantized):
+        return tie_steps(x, quantized)
+    return torch.zeros_like(x, dtype=torch.float64)
 
 
 def _step_variance(operand: Operand) -> torch.Tensor:

@@ -9,8 +9,7 @@ exact while the block scales of a tensor lie within 11 binades; Humming rounds t
 
 Where several thread blocks share an output, they add their parts up in bfloat16, in memory: outputs are less exact than float32
 sums (NVIDIA H200, n = 128, k = 1344, m = 1: 51 of 128 elements beyond their bound). FP8 activations are multiplied by the
-reciprocal of their scale, where the reference divides: near a tie a row's values round the other way (same GPU, n = 64,
-k = 128: 86 of 1024 elements beyond the bound of FP8 sums).
+reciprocal of their scale, where the reference divides: ties round either way (`fp4bench.checking.ties`).
 """
 
 import os
@@ -63,12 +62,8 @@ class HummingProvider:
         return None
 
     def accumulation(self, problem: GemmProblem, device: Device) -> Accumulation:
-        """Three roundings to bfloat16 of partial sums within 6 times the spread, 3 * 6 * 2**-8, are one addition of 9 bits.
-
-        FP8 values that round the other way are an eighth off. Where a few outliers make up a row, one such is a tenth of the
-        spread (measured: n = 128, k = 1344, one value in 61 times 30): one addition of 8 bits.
-        """
-        return Accumulation(bits=8 if problem.mode.activations == "fp8" else 9, terms=problem.k)
+        """Three roundings to bfloat16 of partial sums within 6 times the spread, 3 * 6 * 2**-8, are one addition of 9 bits."""
+        return Accumulation(bits=9, terms=problem.k)
 
     def prepare(self, problem: Any, inputs: Any) -> Runner:
         w = quantize(inputs.w, problem.format, rule=self.rules[problem.format.name][0])

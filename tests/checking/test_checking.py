@@ -165,7 +165,7 @@ WRONG_GEMMS = {
     "twice_alpha": (lambda out: out * 2, r"wrong in 1\d\d\d of 1920 elements, first at \[0, 0\]: "),
     "half_alpha": (lambda out: out / 2, r"wrong in 1\d\d\d of 1920 elements, first at \[0, 0\]: "),
     "zeroed_tile": (filled((slice(16, 32), slice(8, 24)), 0.0), r"wrong in 25\d of 1920 elements, first at \[16, 8\]: 0 where"),
-    "all_zeros": (torch.zeros_like, r"wrong in 19\d\d of 1920 elements, first at \[0, 0\]: 0 where"),
+    "all_zeros": (torch.zeros_like, r"wrong in 1[89]\d\d of 1920 elements, first at \[0, 0\]: 0 where"),
     "wrong_sign": (torch.neg, r"wrong in 19\d\d of 1920 elements, first at \[0, 0\]: "),
     "transposed": (lambda out: out.T, r"output is torch.bfloat16 \(40, 48\), not torch.bfloat16 \(48, 40\)$"),
     "a_row_short": (lambda out: out[:-1], r"output is torch.bfloat16 \(47, 40\), not torch.bfloat16 \(48, 40\)$"),
@@ -178,7 +178,7 @@ WRONG_GEMMS = {
 @pytest.mark.parametrize("wrong", WRONG_GEMMS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_wrong_output_is_refused(problem, wrong):
-    inputs = problem.inputs()
+    inputs = problem.inputs(seed=1)  # whose largest output is of no row with FP8 ties, which may move
     spoil, message = WRONG_GEMMS[wrong]
     with pytest.raises(WrongResultError, match=message):
         check(problem, inputs, None, spoil(right_output(problem, inputs)))
