@@ -251,7 +251,8 @@ def judge_once(command: Sequence[str], plan: Mapping[str, float]) -> dict[str, A
     with tempfile.TemporaryDirectory(prefix="fp4bench-drill-") as folder:
         verdicts = Path(folder, "verdicts.json")
         # A drill's failures are not those that the user wants to see again with --lf.
-        options = ["-p", "no:cacheprovider", "--gate=on", f"--verdicts={verdicts}"]
+        # The samples stay beside each run, for the rules in `fp4bench report --side-by-side` that judge by them.
+        options = ["-p", "no:cacheprovider", "--gate=on", f"--verdicts={verdicts}", "--benchmark-save-data"]
         if not any(arg.startswith("--benchmark-compare") for arg in command):
             options.append("--benchmark-compare")
         if plan:
