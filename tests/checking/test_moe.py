@@ -116,6 +116,20 @@ def test_a_wrong_output_is_refused(mode, wrong):
         compare(WRONG[wrong](y))
 
 
+@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
+def test_one_element_a_little_beyond_its_bound_is_refused(mode):
+    problem = problem_of(mode)
+    inputs = problem.inputs()
+    want, variance = checking_moe._reference(problem, inputs, None, problem.mode.accumulation, torch.arange(24))
+    y = want.bfloat16()
+    check(problem, inputs, None, y)
+    y[3, 7] = want[3, 7] + want[3, 7].sign() * (
+        1.2 * checking_moe.ELEMENT_BOUND * variance[3, 7].sqrt() + want[3, 7].abs() / 32
+    )
+    with pytest.raises(WrongResultError, match=r"^output is wrong in 1 of 4608 elements, first at \[3, 7\]: "):
+        check(problem, inputs, None, y)
+
+
 def test_one_percent_everywhere_is_refused_where_activations_are_bfloat16():
     problem = problem_of(MODES[0])
     inputs = problem.inputs()

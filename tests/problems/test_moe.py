@@ -147,6 +147,12 @@ def test_no_two_tensors_of_a_layer_are_alike():
         assert 0.4 < (a == b).double().mean() < 0.6
 
 
+def test_every_tensor_has_a_seed_of_its_own():
+    sets = [TINY.inputs(seed=seed).weights.other(number) for seed, number in product(range(3), range(3))]
+    seeds = [w.seed_of(expert, part) for w, expert, part in product(sets, range(8), range(5))]
+    assert len(set(seeds)) == len(seeds)
+
+
 def test_outputs_stay_near_one():
     w = replace(TINY, hidden=512, intermediate=256).inputs().weights
     assert w.w13(0).double().std().item() == pytest.approx(512**-0.5, rel=0.05)
