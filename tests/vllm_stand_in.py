@@ -87,10 +87,10 @@ _count = 0
 
 
 @contextmanager
-def operators(schemas, behind, family, monkeypatch, tmp_path, targets=((SASS, 90),), version="0.26.0"):
+def operators(schemas, behind, family, monkeypatch, tmp_path, targets=((SASS, 90),), version="0.26.0", key="CPU"):
     """Registers `schemas` and has `vllm_ops.<family>` find them; yields the folder of its library.
 
-    behind: by operator, a function of its arguments by name.
+    behind: by operator, a function of its arguments by name. key: "CPU", or "Meta" for functions of shapes alone.
     """
     global _count
     _count += 1
@@ -112,7 +112,7 @@ def operators(schemas, behind, family, monkeypatch, tmp_path, targets=((SASS, 90
             if name in behind:
                 schema_of = getattr(overload, name.partition(".")[2] or "default")._schema
                 takes_tensors = any("Tensor" in str(argument.type) for argument in schema_of.arguments)
-                library.impl(name, by_name(schema_of, behind[name]), "CPU" if takes_tensors else "CompositeExplicitAutograd")
+                library.impl(name, by_name(schema_of, behind[name]), key if takes_tensors else "CompositeExplicitAutograd")
         yield folder
 
 

@@ -1,13 +1,24 @@
-"""The whole case list of a GPU that is not there: who would run what on a B200, with ids, facts and records; none is timed."""
+"""The whole case list of a GPU that is not there: who would run what on a B200, with ids, facts, records and reports.
 
-from collections import defaultdict
+Inputs are drawn, weights laid out and every call made, at full size, on tensors that have shapes and no values, against
+operators that check shapes. None is timed.
+"""
+
+import argparse
+import sys
+from collections import Counter, defaultdict
 
 import pytest
+import torch
+from blackwell_stand_in import BEHIND, FlashInfer
 from cuda_library import SASS
+from recorded import ALIKE, stored_run, write
+from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm_stand_in import CUTLASS, MARLIN, QUTLASS, operators
 
 from fp4bench import providers as registry
 from fp4bench.cases import gemm_cases, select
+from fp4bench.cli import report
 from fp4bench.devices import Device
 from fp4bench.evidence.record import KEYS, make_record
 
@@ -19,19 +30,18 @@ OPTIONS = {
     "modes": ["all"],
     "providers": ["all"],
 }
+ALIKE_BUT_WORK = {key: value for key, value in ALIKE.items() if key not in ("flops", "bytes", "scale_rule")}
 TARGETS = ((SASS, 90), (SASS, 100, 1 << 21))
 
 
 @pytest.fixture
 def cases(tmp_path, monkeypatch):
     """Every case on a B200 where everything is installed."""
-    anything = lambda **arguments: None  # noqa: E731
-    behind = dict.fromkeys(("marlin_gemm", "gptq_marlin_repack", "cutlass_scaled_fp4_mm", "scaled_fp4_quant"), anything)
-    behind |= {"cutlass_scaled_mm_supports_fp4": lambda cuda_device_capability: cuda_device_capability == 100}
+    behind = BEHIND | {"cutlass_scaled_mm_supports_fp4": lambda cuda_device_capability: cuda_device_capability == 100}
     monkeypatch.setattr(registry, "_version", lambda name: "1.0")
     with (
-        operators(QUTLASS["0.26.0"], {}, "QUTLASS", monkeypatch, tmp_path, targets=TARGETS) as folder,
-        operators((*MARLIN["0.26.0"], *CUTLASS), behind, "MAIN", monkeypatch, tmp_path, targets=TARGETS) as main,
+        operators(QUTLASS["0.26.0"], BEHIND, "QUTLASS", monkeypatch, tmp_path, targets=TARGETS, key="Meta") as folder,
+        operators((*MARLIN["0.26.0"], *CUTLASS), behind, "MAIN", monkeypatch, tmp_path, targets=TARGETS, key="Meta") as main,
     ):
         (folder / "_qutlass_C.abi3.so").rename(main / "_qutlass_C.abi3.so")
         (main / "triton_kernels").mkdir()
@@ -68,3 +78,70 @@ def test_each_case_has_an_id_and_a_record(cases):
             assert record["provider_version"]
             assert record["scale_rule"] is None or record["scale_rule"] in map(str, case.provider.rules[record["format"]])
             assert case.accumulation(B200) is None or case.accumulation(B200).bits >= 7
+
+
+# Providers whose calls are of Blackwell alone. torch's own shape check of MXFP4 (2.11 to 2.13) counts a byte of two codes as
+# one value, and refuses what its kernel takes.
+CALLED = ("torch_scaled_mm", "vllm_qutlass", "vllm_cutlass", "flashinfer_cutlass", "flashinfer_cudnn", "flashinfer_cute_dsl")
+
+
+def is_called(case):
+    return case.provider.name in CALLED and (case.provider.name, str(case.problem.format)) != ("torch_scaled_mm", "mxfp4")
+
+
+@pytest.fixture
+def on_shapes(monkeypatch):
+    monkeypatch.setattr(sys.modules["fp4bench.quantize"], "_CHUNK_CPU", 1 << 40)  # a loop of one
+    monkeypatch.setitem(sys.modules, "flashinfer", FlashInfer)
+    with FakeTensorMode():
+        yield
+
+
+def test_every_case_is_called_at_full_size(cases, on_shapes):
+    called = Counter()
+    for case in cases:
+        problem = case.problem
+        if problem.layer not in ("qkv", "down") or not is_called(case) or case.why_not(B200) is not None:
+            continue
+        run = case.provider.prepare(problem, problem.inputs())
+        for _ in range(2):
+            out = run()
+            assert (out.shape, out.dtype) == ((problem.m, problem.n), torch.bfloat16), str(case)
+        called[case.provider.name] += 1
+    # Layers, batch sizes, formats, modes and rotations of each.
+    assert called == {
+        "torch_scaled_mm": 2 * 2 * 2 * 4,
+        "vllm_qutlass": 2 * 2 * 2 * (3 + 4),
+        "vllm_cutlass": 8,
+        "flashinfer_cutlass": 8,
+        "flashinfer_cudnn": 8,
+        "flashinfer_cute_dsl": 16,
+    }
+
+
+def test_a_scale_that_is_missing_is_found(cases, on_shapes, monkeypatch):
+    monkeypatch.setattr("fp4bench.providers.vllm_qutlass.layouts.to_blocked", lambda scales: scales.flatten()[:-1])
+    case = next(case for case in cases if case.provider.name == "vllm_qutlass" and case.why_not(B200) is None)
+    with pytest.raises(AssertionError, match="scales of"):
+        case.provider.prepare(case.problem, case.problem.inputs())()
+
+
+def test_reports_of_such_a_run_are_those_of_any(cases, tmp_path, capsys):
+    """Its times are made up; that every case has its place in a report is what is seen."""
+    able = [case for case in cases if case.why_not(B200) is None and case.problem.m == 4096]
+    run = stored_run(cases=())
+    run["machine_info"] |= {"machine": "NVIDIA-B200", "gpu": B200.name}
+    for number, case in enumerate(able):
+        record = make_record(case.facts(), [1e-5 * (1 + number % 7)]) | ALIKE_BUT_WORK | {"error": 0.002, "exact": False}
+        stats = {"median": 1e-5 * (1 + number % 7), "min": 1e-5, "rounds": 1, "data": [1e-5]}
+        run["benchmarks"].append({"name": str(case), "fullname": f"perf::test[{case}]", "stats": stats, "extra_info": record})
+    path = write(tmp_path / "NVIDIA-B200" / "0001_dry.json", run)
+    answers = {f"{case.problem.format} {case.problem.mode}" for case in able if is_called(case)}
+    for kind, wanted in (("--throughput", {case.provider.name for case in able if is_called(case)}), ("--frontier", answers)):
+        parser = argparse.ArgumentParser()
+        report.add_parser(parser.add_subparsers())
+        asked = parser.parse_args(["report", kind, str(path)])
+        assert asked.run(asked) == 0
+        told = capsys.readouterr().out
+        assert "NVIDIA B200" in told
+        assert all(name in told for name in wanted)
