@@ -30,11 +30,12 @@ _LAUNCH = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, $1;")
 
 @dataclass(frozen=True)
 class GroupedConfig:
-    """How to launch. Any is right for any problem with at least `tiles` tiles of 16 weight rows.
+    """How to launch. Any is right for any problem.
 
     block: the most pairs of a block, a multiple of 8 up to 32. Smaller blocks are multiplied as the next multiple of 8.
     tiles: of 16 weight rows, that a CTA computes, 1 to 8. Each warp holds one unit of 64 columns of each in registers.
-    warps: of a CTA, 4 or 8; they split k.
+    warps: of a CTA, 4 or 8. split: how many of them share k, a power of two, None for all; the others have tiles of their own,
+        so that `tiles` are those of each. For a k of few units, where a warp of many would have next to nothing to do.
     ahead: hold x of the next unit while one is computed.
     max_registers: of a thread, None for the compiler's choice.
     """
@@ -42,12 +43,15 @@ class GroupedConfig:
     block: int = 8
     tiles: int = 4
     warps: int = 4
+    split: int | None = None
     ahead: bool = False
     max_registers: int | None = None
 
     def __post_init__(self) -> None:
         if self.block not in (8, 16, 24, 32) or not 1 <= self.tiles <= 8 or self.warps not in (4, 8):
             raise ValueError(f"{self}: block is 8, 16, 24 or 32, tiles is 1 to 8, warps 4 or 8")
+        if self.split is not None and self.warps % self.split:
+            raise ValueError(f"{self}: split divides warps")
 
 
 def activation_arguments(activation: Activation | None) -> tuple[str, float, float]:
@@ -134,9 +138,13 @@ def _launch(
     if not most:
         return
     k = x.shape[1]
-    tiles = min(config.tiles, weight.tiles)
+    split = config.split or config.warps
+    if weight.tiles * split < config.warps:  # fewer tiles than there would be groups of warps
+        split = config.warps
+    groups = config.warps // split
+    tiles = min(config.tiles, weight.tiles // groups)
     name, alpha, limit = activation_arguments(activation)
-    _grouped[(ceil(weight.tiles / tiles), most)](
+    _grouped[(ceil(weight.tiles / (tiles * groups)), most)](
         x,
         positions,
         blocks,
@@ -154,8 +162,9 @@ def _launch(
         alpha,
         limit,
         UNITS=weight.units,
-        STEPS=ceil(weight.units / config.warps),
+        STEPS=ceil(weight.units / split),
         TILES=tiles,
+        SPLIT=split,
         WARPS=config.warps,
         BLOCK=config.block,
         TWO_LEVEL=weight.format.has_tensor_scale,
@@ -233,6 +242,7 @@ def _grouped(
     STEPS: gl.constexpr,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
+    SPLIT: gl.constexpr,
     BLOCK: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -245,7 +255,10 @@ def _grouped(
     FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
     thread = gl.arange(0, 32 * WARPS, layout=gl.SliceLayout(1, FOUR))
     lane = thread % 32
-    warp = thread // 32
+    # Warps that share k, and groups of them with tiles of their own.
+    GROUPS: gl.constexpr = WARPS // SPLIT
+    warp = thread // 32 % SPLIT
+    group = thread // 32 // SPLIT
     four = gl.arange(0, 4, layout=gl.SliceLayout(0, FOUR))[None, :]
     if ACTIVATION != "":
         # The blocks are those of the kernel before. It is done when the kernel after may start: that one reads blocks at once.
@@ -258,13 +271,13 @@ def _grouped(
     pairs = gl.load(block + 2, cache_modifier=".cg")
     if pairs > 0:
         # The last CTA of a block computes rows of the one before it again where the tiles do not divide: the same bits, twice.
-        first = gl.minimum(gl.program_id(0) * TILES, tiles - TILES)
-        tile = expert.to(gl.int64) * tiles + first
-        words_at = words + tile * (UNITS * 128) + (warp * 128 + lane * 4)[:, None] + four
+        first = gl.minimum(gl.program_id(0) * (TILES * GROUPS), tiles - TILES * GROUPS)
+        tile = expert.to(gl.int64) * tiles + first + group * TILES
+        words_at = words + (tile * (UNITS * 128))[:, None] + (warp * 128 + lane * 4)[:, None] + four
         # NVFP4's scale is of the lane's columns of 32: the first 16 of them or the others.
         PER_G: gl.constexpr = 2 if TWO_LEVEL else 1
         scales_at = scales + tile * (UNITS * 8 * PER_G) + (warp * 8 + lane // 4) * PER_G + lane % 4 * PER_G // 4
-        unit = _load_unit(words_at, scales_at, 0, warp, UNITS, WARPS, TILES, TWO_LEVEL)
+        unit = _load_unit(words_at, scales_at, 0, warp, UNITS, SPLIT, TILES, TWO_LEVEL)
         if ACTIVATION == "":
             # Everything above is the weight's. x is of the kernel before.
             gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
@@ -287,6 +300,7 @@ def _grouped(
                     STEPS,
                     TILES,
                     WARPS,
+                    SPLIT,
                     width,
                     TWO_LEVEL,
                     HAS_BIAS,
@@ -314,6 +328,7 @@ def _compute(
     STEPS: gl.constexpr,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
+    SPLIT: gl.constexpr,
     COLUMNS: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -324,8 +339,10 @@ def _compute(
     FOUR: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
     """A block of up to COLUMNS pairs by the tiles of this CTA."""
-    acc = _sums(operands, at, pairs, thread, UNITS, STEPS, TILES, WARPS, COLUMNS, TWO_LEVEL, ALL_COLUMNS, ALIGNED, AHEAD, FOUR)
-    _store(acc, results, operands[4], at, pairs, first, TILES, WARPS, COLUMNS, HAS_BIAS, ACTIVATION)
+    acc = _sums(
+        operands, at, pairs, thread, UNITS, STEPS, TILES, WARPS, SPLIT, COLUMNS, TWO_LEVEL, ALL_COLUMNS, ALIGNED, AHEAD, FOUR
+    )
+    _store(acc, results, operands[4], at, pairs, first, TILES, WARPS, SPLIT, COLUMNS, HAS_BIAS, ACTIVATION)
 
 
 @gluon.jit
@@ -338,6 +355,7 @@ def _sums(
     STEPS: gl.constexpr,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
+    SPLIT: gl.constexpr,
     COLUMNS: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
     ALL_COLUMNS: gl.constexpr,
@@ -347,20 +365,21 @@ def _sums(
 ):  # type: ignore[no-untyped-def]
     """Each warp's share of the sums over k. -> for each tile COLUMNS / 8 float32 [threads, 4]."""
     x, x_stride, topk, k, positions, words_at, scales_at, unit = operands
-    rows = _rows_of_x(x, x_stride, topk, positions, at, pairs, thread, COLUMNS)
-    warp = thread // 32
+    lane = thread % 32
+    warp = thread // 32 % SPLIT
+    rows = _rows_of_x(x, x_stride, topk, positions, at, pairs, lane, COLUMNS)
     acc = ()  # type: ignore[var-annotated]
     for _ in gl.static_range(TILES * (COLUMNS // 8)):
         acc = acc + (gl.zeros([32 * WARPS, 4], gl.float32, FOUR),)
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16
-    b = _load_x(rows, pairs, 0, thread, k, UNITS, WARPS, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
+    b = _load_x(rows, pairs, 0, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
     for step in range(1, STEPS):
         if AHEAD:
-            next_b = _load_x(rows, pairs, step, thread, k, UNITS, WARPS, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
+            next_b = _load_x(rows, pairs, step, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
         acc = _multiply(unit, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
-        unit = _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES, TWO_LEVEL)
+        unit = _load_unit(words_at, scales_at, step, warp, UNITS, SPLIT, TILES, TWO_LEVEL)
         if not AHEAD:
-            next_b = _load_x(rows, pairs, step, thread, k, UNITS, WARPS, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
+            next_b = _load_x(rows, pairs, step, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
         b = next_b
     return _multiply(unit, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
 
@@ -372,7 +391,7 @@ def _load_unit(
     step,
     warp,
     UNITS: gl.constexpr,
-    WARPS: gl.constexpr,
+    SPLIT: gl.constexpr,
     TILES: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
@@ -383,13 +402,13 @@ def _load_unit(
     PER_UNIT: gl.constexpr = 16 if TWO_LEVEL else 8
     unit = ()  # type: ignore[var-annotated]
     for tile in gl.static_range(TILES):
-        word = words_at + tile * (UNITS * 128) + step * (WARPS * 128)
-        scale = scales_at + tile * (UNITS * PER_UNIT) + step * (WARPS * PER_UNIT)
-        if UNITS % WARPS == 0:
+        word = words_at + tile * (UNITS * 128) + step * (SPLIT * 128)
+        scale = scales_at + tile * (UNITS * PER_UNIT) + step * (SPLIT * PER_UNIT)
+        if UNITS % SPLIT == 0:
             w = gl.load(word, eviction_policy="evict_first")
             s = gl.load(scale)
         else:
-            inside = step * WARPS + warp < UNITS
+            inside = step * SPLIT + warp < UNITS
             w = gl.load(word, mask=inside[:, None], other=0, eviction_policy="evict_first")
             s = gl.load(scale, mask=inside, other=0)
         unit = unit + (w, s)
@@ -397,11 +416,11 @@ def _load_unit(
 
 
 @gluon.jit
-def _rows_of_x(x, x_stride, topk, positions, at, pairs, thread, COLUMNS: gl.constexpr):  # type: ignore[no-untyped-def]
+def _rows_of_x(x, x_stride, topk, positions, at, pairs, lane, COLUMNS: gl.constexpr):  # type: ignore[no-untyped-def]
     """Where the row of x begins that is a lane's column of each 8. -> for each 8 columns pointers to int32 [threads, 1]."""
     rows = ()  # type: ignore[var-annotated]
     for i in gl.static_range(COLUMNS // 8):
-        column = thread % 32 // 4 + 8 * i
+        column = lane // 4 + 8 * i
         row = at + column
         if topk > 0:
             row = gl.load(positions + row, mask=column < pairs, other=0, cache_modifier=".cg") // topk
@@ -415,23 +434,23 @@ def _load_x(
     rows,
     pairs,
     step,
-    thread,
+    lane,
+    warp,
     k,
     UNITS: gl.constexpr,
-    WARPS: gl.constexpr,
+    SPLIT: gl.constexpr,
     COLUMNS: gl.constexpr,
     ALL_COLUMNS: gl.constexpr,
     ALIGNED: gl.constexpr,
     FOUR: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
     """x as the B operand of a unit. -> for each 8 rows of x two int32 [threads, 4], of 32 columns of the unit each."""
-    lane = thread % 32
-    unit = step * WARPS + thread // 32
+    unit = step * SPLIT + warp
     four = gl.arange(0, 4, layout=gl.SliceLayout(0, FOUR))[None, :]
     b = ()  # type: ignore[var-annotated]
     for i in gl.static_range(COLUMNS // 4):
         inside = lane // 4 + 8 * (i // 2) < pairs
-        if UNITS % WARPS != 0:
+        if UNITS % SPLIT != 0:
             inside = inside & (unit < UNITS)
         two_columns = unit[:, None] * 32 + 16 * (i % 2) + 4 * (lane % 4)[:, None] + four
         mask = inside[:, None]
@@ -465,8 +484,8 @@ def _multiply(unit, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEVE
 
 
 @gluon.constexpr_function
-def _accumulators_at_once(count, warps):
-    """How many accumulators the warps add up in a round: one each, if there are so many."""
+def _sums_at_once(count, warps):
+    """How many the warps add up in a round: one each, if there are so many."""
     return min(warps, 1 << (count - 1).bit_length())
 
 
@@ -480,26 +499,32 @@ def _store(
     first,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
+    SPLIT: gl.constexpr,
     COLUMNS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
-    """Sum over the warps, scale, and store. A thread adds up one lane of all warps: four elements of an accumulator."""
+    """Sum over the warps that share k, scale, and store. A thread adds up one lane of all of them: four elements of a sum."""
     row_scale, bias, out, out_stride, columns, alpha, limit = results
     BLOCKS: gl.constexpr = COLUMNS // 8
-    GROUP: gl.constexpr = _accumulators_at_once(TILES * BLOCKS, WARPS)
-    ROUNDS: gl.constexpr = (TILES * BLOCKS + GROUP - 1) // GROUP
-    shared = gl.allocate_shared_memory(gl.float32, [ROUNDS, GROUP, WARPS, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    GROUPS: gl.constexpr = WARPS // SPLIT
+    COUNT: gl.constexpr = TILES * BLOCKS * GROUPS
+    AT_ONCE: gl.constexpr = _sums_at_once(COUNT, WARPS)
+    ROUNDS: gl.constexpr = (COUNT + AT_ONCE - 1) // AT_ONCE
+    shared = gl.allocate_shared_memory(gl.float32, [ROUNDS, AT_ONCE, SPLIT, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    # Accumulator i of all groups, then the next.
     for i in gl.static_range(TILES * BLOCKS):
-        shared.index(i // GROUP).slice(i % GROUP, 1, dim=0).store(gl.reshape(acc[i], [1, WARPS, 128]))
-    BY_LANE: gl.constexpr = gl.BlockedLayout([1, WARPS, 4], [1, 1, 32], [GROUP, 1, WARPS // GROUP], [2, 1, 0])
+        part = shared.index(i * GROUPS // AT_ONCE).slice(i * GROUPS % AT_ONCE, GROUPS, dim=0)
+        part.store(gl.reshape(acc[i], [GROUPS, SPLIT, 128]))
+    BY_LANE: gl.constexpr = gl.BlockedLayout([1, SPLIT, 4], [1, 1, 32], [AT_ONCE, 1, WARPS // AT_ONCE], [2, 1, 0])
     SUMS: gl.constexpr = gl.SliceLayout(1, BY_LANE)
-    slot = gl.arange(0, GROUP, layout=gl.SliceLayout(1, SUMS))[:, None]
+    slot = gl.arange(0, AT_ONCE, layout=gl.SliceLayout(1, SUMS))[:, None]
     element = gl.arange(0, 128, layout=gl.SliceLayout(0, SUMS))[None, :]
     lane = element // 4
     for i in gl.static_range(ROUNDS):
-        which = i * GROUP + slot
-        row = (first + which // BLOCKS) * 16 + lane // 4 + 8 * (element % 4 // 2)
+        which = (i * AT_ONCE + slot) // GROUPS
+        tile = first + slot % GROUPS * TILES + which // BLOCKS
+        row = tile * 16 + lane // 4 + 8 * (element % 4 // 2)
         there = which < TILES * BLOCKS
         y = gl.sum(shared.index(i).load(BY_LANE), 1) * gl.load(row_scale + row, mask=there, other=0.0)
         if HAS_BIAS:
@@ -510,11 +535,11 @@ def _store(
             pair = gl.load(positions + at + column, mask=inside, other=0, cache_modifier=".cg")
             gl.store(out + pair.to(gl.int64) * out_stride + row, y.to(out.dtype.element_ty), mask=inside)
         else:
-            gate, up = _sides(y, GROUP)
+            gate, up = _sides(y, AT_ONCE)
             h = _activated(gate, up, alpha, limit, ACTIVATION)
             # Rows g of a tile are columns of the result; where there is no row, none of them is.
-            column, _ = _sides(column, GROUP)
-            place, _ = _sides(gl.where(there, row // 16 * 8 + row % 16, columns), GROUP)
+            column, _ = _sides(column, AT_ONCE)
+            place, _ = _sides(gl.where(there, row // 16 * 8 + row % 16, columns), AT_ONCE)
             inside = (column < pairs) & (place < columns)
             gl.store(out + (at + column).to(gl.int64) * out_stride + place, h.to(out.dtype.element_ty), mask=inside)
 

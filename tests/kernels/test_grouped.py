@@ -71,7 +71,7 @@ def compiled(k=7168, block=8, two_level=True, tiles=4, warps=4, activation="silu
     types |= dict.fromkeys(("columns", "k", "tiles", "topk", "x_stride", "out_stride"), "i32")
     types |= {"alpha": "fp32", "limit": "fp32"}
     constants = {
-        **{"UNITS": units, "STEPS": -(-units // warps), "TILES": tiles, "WARPS": warps, "BLOCK": block},
+        **{"UNITS": units, "STEPS": -(-units // warps), "TILES": tiles, "WARPS": warps, "SPLIT": warps, "BLOCK": block},
         **{"TWO_LEVEL": two_level, "HAS_BIAS": False, "ACTIVATION": activation, "ALL_COLUMNS": k % 64 == 0},
         **{"ALIGNED": True, "AHEAD": False},
         **constants,
@@ -85,9 +85,10 @@ def compiled(k=7168, block=8, two_level=True, tiles=4, warps=4, activation="silu
         ({}, 84),  # six CTAs of four warps an SM
         ({"activation": "", "k": 2048}, 84),
         ({"block": 16}, 128),
+        ({"activation": "", "k": 256, "SPLIT": 1, "STEPS": 4}, 84),
         ({"two_level": False, "activation": "swiglu", "HAS_BIAS": True, "k": 2880}, 84),
     ],
-    ids=["gate_up", "down", "sixteen", "gpt-oss"],
+    ids=["gate_up", "down", "sixteen", "short", "gpt-oss"],
 )
 def test_it_compiles_to_mma_on_16_byte_loads_without_spills(variant, most_registers, tmp_path):
     binary = compiled(**variant)
@@ -119,6 +120,8 @@ def test_it_compiles_to_mma_on_16_byte_loads_without_spills(variant, most_regist
 def test_a_launch_that_cannot_be_is_refused(change):
     with pytest.raises(ValueError, match="block is 8, 16, 24 or 32, tiles is 1 to 8, warps 4 or 8"):
         GroupedConfig(**change)
+    with pytest.raises(ValueError, match="split divides warps"):
+        GroupedConfig(warps=4, split=8)
 
 
 def test_operands_that_do_not_fit_are_refused():

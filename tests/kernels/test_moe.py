@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 
 from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
 from fp4bench.kernels import moe  # noqa: E402
-from fp4bench.kernels.experts import prepare_experts  # noqa: E402
+from fp4bench.kernels.experts import COLUMNS, prepare_experts  # noqa: E402
 from fp4bench.kernels.grouped import GroupedConfig  # noqa: E402
 from fp4bench.kernels.moe import Layer, MoeConfig  # noqa: E402
 from fp4bench.kernels.prefill import PrefillConfig  # noqa: E402
@@ -123,6 +123,7 @@ NARROW = [
     MoeConfig(GroupedConfig(8, ahead=True, warps=8), GroupedConfig(8, tiles=3)),
     MoeConfig(GroupedConfig(16, tiles=8, ahead=True), GroupedConfig(16, tiles=5, warps=8)),
     MoeConfig(GroupedConfig(32), GroupedConfig(32, tiles=2, warps=8)),
+    MoeConfig(GroupedConfig(16, split=1), GroupedConfig(16, tiles=1, warps=8, split=2)),
 ]
 WIDE = [
     moe.default_config(1000, 1, 1),
@@ -154,7 +155,12 @@ def check_on_gpu(configs, experts, hidden, intermediate, topk, activation, with_
         for config in configs:
             space = moe.workspace(m, topk, layer, config, fp8=fp8)
             space.slots.fill_(torch.nan)
-            space.hidden[:, :intermediate] = torch.nan
+            # Where the columns lie; beyond them zeros are expected.
+            of_column = (
+                torch.tensor(COLUMNS).repeat(space.hidden.shape[1] // 32) + torch.arange(space.hidden.shape[1]) // 32 * 32
+            )
+            written = of_column if config.is_wide else torch.arange(space.hidden.shape[1])
+            space.hidden[:, (written < intermediate).cuda()] = torch.nan
             outs = []
             for pdl in (False, True, True):
                 out = torch.full_like(x, torch.nan)
