@@ -28,7 +28,6 @@ from fp4bench.cli.sessions import (
     takes_pytest_args,
 )
 from fp4bench.evidence.power import (
-    PROMISED,
     Injection,
     Tally,
     draw,
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = COMMAND) -> int:
             say(*drill.summary())
     drill.complete = True
     drill.write()
-    found = objections(drill.injections, len(drill.alarmed), len(drill.sessions))
+    found = drill.objections
     say(*[f"The gate cannot be trusted: {objection}." for objection in found] or ["The gate sees."])
     return 1 if found else 0
 
@@ -90,12 +89,14 @@ class Session:
     """One valid gate session.
 
     plan: the slowdown by case id, empty on unchanged code. alarms: REGRESSED without an injection. run: where it is stored.
+    promised: the share of such sessions on unchanged code that have an alarm, at most, as the gate says.
     """
 
     plan: Mapping[str, float]
     verdicts: Mapping[str, Mapping[str, Any]]
     run: str | None
     seconds: float
+    promised: float
 
     @property
     def alarms(self) -> dict[str, Mapping[str, Any]]:
@@ -134,6 +135,15 @@ class Drill:
         return [session for session in self.sessions if session.alarms]
 
     @property
+    def promised(self) -> float:
+        """What the gate says of itself: the share of sessions on unchanged code that have any false alarm, at most."""
+        return min((session.promised for session in self.sessions), default=1.0)
+
+    @property
+    def objections(self) -> list[str]:
+        return objections(self.injections, len(self.alarmed), len(self.sessions), self.promised)
+
+    @property
     def unchanged(self) -> list[Session]:
         return [session for session in self.sessions if not session.plan]
 
@@ -161,7 +171,7 @@ class Drill:
             told = judge_once(self.command, plan)
             seconds = time.monotonic() - start
             if told["outcome"] != "invalid":
-                self._count(Session(plan, told["cases"], told.get("run"), seconds))
+                self._count(Session(plan, told["cases"], told.get("run"), seconds, told["promised"]))
                 return
             reasons = told.get("invalid") or ["no reason given"]
             self.invalid.append({"after_sessions": len(self.sessions), "reasons": reasons, "run": told.get("run")})
@@ -210,7 +220,7 @@ class Drill:
         unchanged = [bool(session.alarms) for session in self.unchanged]
         return [
             f"false alarms: {alarms} of {judged} verdicts where nothing was injected ({_range(alarms, judged)}), "
-            f"in {alarmed} of {sessions} sessions ({_range(alarmed, sessions)}; the gate promises {percent(PROMISED)})",
+            f"in {alarmed} of {sessions} sessions ({_range(alarmed, sessions)}; the gate promises {percent(self.promised)})",
             f"unchanged code: {sum(unchanged)} of {len(unchanged)} sessions had a false alarm, which proves a rate below "
             f"{percent(upper_bound(sum(unchanged), len(unchanged)))} (one-sided, 95 %)",
         ]
@@ -233,12 +243,13 @@ class Drill:
         ]
         injections = [asdict(i) | {"detected": i.detected, "blind": i.blind} for i in self.injections]
         counted = [_tally_json(tally) for tally in tallies(self.injections)]
-        found = objections(self.injections, len(self.alarmed), len(self.sessions)) if self.complete else None
+        found = self.objections if self.complete else None
         results = {
             "sessions": sessions,
             "invalid": self.invalid,
             "injections": injections,
             "tallies": counted,
+            "promised": self.promised,
             "objections": found,
         }
         # No path of this machine.
@@ -262,7 +273,7 @@ def judge_once(command: Sequence[str], plan: Mapping[str, float]) -> dict[str, A
         code, output = run_session([*command, *options])
         try:
             told = json.loads(verdicts.read_text(encoding="utf-8"))
-            outcome, _ = told["outcome"], told["cases"]
+            outcome, _, _ = told["outcome"], told["cases"], told["promised"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(stopped(code, output, "wrote no verdicts")) from error
     if code not in EXPECTED:

@@ -11,8 +11,6 @@ from typing import Any
 
 from scipy import stats
 
-# What the gate promises: at most this share of sessions on unchanged code has any regression (Holm over all cases).
-PROMISED = 0.05
 # Without these a gate is called blind: the lower 95 % bound of its detection rate, and the share of injections in blind cases.
 SEEN_AT_LEAST = 0.5
 BLIND_AT_MOST = 0.5
@@ -105,9 +103,12 @@ def upper_bound(hits: int, trials: int) -> float:
     return float(stats.beta.ppf(0.95, hits + 1, trials - hits)) if hits < trials else 1.0
 
 
-def beyond_chance(alarmed: int, sessions: int) -> bool:
-    """Whether a gate that keeps its promise would have so many sessions with a false alarm in fewer than 5 % of drills."""
-    return float(stats.binom.sf(alarmed - 1, sessions, PROMISED)) < 0.05
+def beyond_chance(alarmed: int, sessions: int, promised: float) -> bool:
+    """Whether a gate that keeps its promise would have so many sessions with a false alarm in fewer than 5 % of drills.
+
+    promised: the share of sessions on unchanged code that have any regression, at most (`verdict.promised`).
+    """
+    return float(stats.binom.sf(alarmed - 1, sessions, promised)) < 0.05
 
 
 def drawable(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -137,11 +138,11 @@ def draw(cases: Sequence[str], count: int, share: float, seed: int) -> list[tupl
     return sessions
 
 
-def objections(injections: Iterable[Injection], alarmed: int, sessions: int) -> list[str]:
+def objections(injections: Iterable[Injection], alarmed: int, sessions: int, promised: float) -> list[str]:
     """Why the gate cannot be trusted, a sentence each; empty where it sees.
 
     At the largest slowdown, the lower 95 % bound of the detection rate in cases that are not blind must be above one half, and
-    at most half of the injections may be in blind cases. Sessions with a false alarm must not be beyond chance (`PROMISED`).
+    at most half of the injections may be in blind cases. Sessions with a false alarm must not be beyond chance.
     """
     found = []
     if counted := tallies(injections):
@@ -157,6 +158,6 @@ def objections(injections: Iterable[Injection], alarmed: int, sessions: int) -> 
                 f"{len(largest.blind)} of {len(largest.injections)} injections were in cases that it declares blind to "
                 f"{percent(largest.slowdown)}"
             )
-    if beyond_chance(alarmed, sessions):
-        found.append(f"{alarmed} of {sessions} sessions had a false alarm, and {percent(PROMISED)} is what it promises")
+    if beyond_chance(alarmed, sessions, promised):
+        found.append(f"{alarmed} of {sessions} sessions had a false alarm, and {percent(promised)} is what it promises")
     return found

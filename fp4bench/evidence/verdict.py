@@ -4,7 +4,7 @@ A case has two witnesses: seconds, and SM cycles (on a clock without cycles: the
 show it, beyond the policy's floor, and significantly over all cases together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
@@ -142,6 +142,11 @@ def policy_of(policy: Policies, timing: Timing) -> Policy:
     if clock not in policy:
         raise ValueError(f"no policy for the clock {clock!r}: there are {', '.join(policy)}")
     return policy[clock]
+
+
+def promised(policy: Policies, timings: Iterable[Timing]) -> float | None:
+    """The probability that a run of these cases and unchanged code has a false regression at all; None of no case."""
+    return min((policy_of(policy, timing).alpha for timing in timings), default=None)
 
 
 def floor_of(case_id: str, policy: Policy, floors: Mapping[str, float]) -> float:

@@ -233,6 +233,7 @@ class Gate:
             "outcome": outcome,
             "run": self._stored(),
             "machine": self._suite.machine_info["machine"],
+            "promised": verdict.promised(self._policy, self._timings.values()) if self._judged else None,
             "counts": {o.value: outcomes.count(o) for o in Outcome if o in outcomes},
             "invalid": self.invalid,
             "failed": self._suite.tally.failed,

@@ -55,7 +55,13 @@ def test_a_rate_of_one_and_no_session_prove_nothing():
 )
 def test_false_alarms_beyond_chance(alarmed, sessions, beyond):
     # 1 - (0.95^10 + 10 * 0.05 * 0.95^9) is 0.086 for two or more of ten; for three or more it is 0.0115.
-    assert beyond_chance(alarmed, sessions) is beyond
+    assert beyond_chance(alarmed, sessions, 0.05) is beyond
+
+
+@pytest.mark.parametrize(("alarmed", "sessions", "beyond"), [(1, 5, True), (1, 6, False), (2, 40, False), (3, 40, True)])
+def test_a_stricter_promise_is_broken_sooner(alarmed, sessions, beyond):
+    # 1 - 0.99^5 is 0.049, 1 - 0.99^6 is 0.059.
+    assert beyond_chance(alarmed, sessions, 0.01) is beyond
 
 
 def test_a_case_is_blind_if_it_was_declared_so_whatever_became_of_it():
@@ -92,14 +98,14 @@ def test_tallies_are_by_slowdown_the_smallest_first():
     ],
 )
 def test_when_a_gate_is_blind(found, words):
-    objected = objections(found, 0, 10)
+    objected = objections(found, 0, 10, 0.05)
     assert len(objected) == len(words)
     assert all(word in objection for word, objection in zip(words, objected, strict=True))
 
 
 def test_false_alarms_beyond_chance_are_an_objection():
-    assert objections([], 2, 40) == []
-    assert "20 of 40 sessions had a false alarm" in objections([], 20, 40)[0]
+    assert objections([], 2, 40, 0.05) == []
+    assert objections([], 20, 40, 0.05) == ["20 of 40 sessions had a false alarm, and 5 % is what it promises"]
 
 
 @pytest.mark.parametrize(("share", "size"), [(0.2, 6), (0.19, 5), (1.0, 31), (0.1, 3)])

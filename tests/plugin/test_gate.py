@@ -114,6 +114,7 @@ def test_an_accepted_run_is_a_baseline_and_an_unchanged_run_is_the_same(accepted
         "outcome": "ok",
         "run": f".benchmarks/{MACHINE}/0002_run.json",
         "machine": MACHINE,
+        "promised": 0.05,
         "counts": {"SAME": 4},
         "invalid": [],
         "failed": [],
