@@ -5,6 +5,7 @@ This folder imports torch only.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +37,10 @@ class BlockFormat:
     def __str__(self) -> str:
         return self.name
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A format of `FORMATS` is the same object in every process, so that `is` holds in workers too."""
+        return (_named, (self.name,)) if FORMATS.get(self.name) is self else super().__reduce_ex__(protocol)
+
 
 # OCP Microscaling Formats (MX) v1.0, section 5.2: MXFP4 is 32 E2M1 elements with one E8M0 scale.
 MXFP4 = BlockFormat(
@@ -56,5 +61,10 @@ NVFP4 = BlockFormat(
 )
 
 FORMATS = {fmt.name: fmt for fmt in (MXFP4, NVFP4)}
+
+
+def _named(name: str) -> BlockFormat:
+    return FORMATS[name]
+
 
 __all__ = ["FORMATS", "MXFP4", "NVFP4", "BlockFormat", "ScaleRule"]

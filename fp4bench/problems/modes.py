@@ -1,6 +1,7 @@
 """What operands are made of: the modes of a product, and how hardware adds up."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Mode:
     def __str__(self) -> str:
         return self.name
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A mode of `MODES` is the same object in every process, so that `is` holds in workers too."""
+        return (_mode, (self.name,)) if MODES.get(self.name) is self else super().__reduce_ex__(protocol)
+
 
 W4A4 = Mode("w4a4", "fp4", "fp4", quantizes=True)
 W4A4_NOQUANT = Mode("w4a4_noquant", "fp4", "fp4")
@@ -46,6 +51,10 @@ BF16 = Mode("bf16", "bf16", "bf16")
 FP8 = Mode("fp8", "fp8", "fp8", accumulation=FP8_SUMS)
 
 MODES = {mode.name: mode for mode in (BF16, FP8, W4A16, W4A8, W4A4, W4A4_NOQUANT)}
+
+
+def _mode(name: str) -> Mode:
+    return MODES[name]
 
 
 @dataclass(frozen=True)

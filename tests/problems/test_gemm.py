@@ -1,5 +1,6 @@
 """Ids, flops, bytes and inputs of problems; the expected numbers are multiplied out by hand."""
 
+import pickle
 import re
 from dataclasses import FrozenInstanceError, astuple, replace
 from itertools import combinations, product
@@ -7,7 +8,7 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from fp4bench.formats import MXFP4, NVFP4, ScaleRule
+from fp4bench.formats import FORMATS, MXFP4, NVFP4, ScaleRule
 from fp4bench.models import get_model, layers, model_names
 from fp4bench.problems import (
     BATCH_SIZES,
@@ -213,3 +214,10 @@ def test_a_gemm_is_rotated_only_where_activations_are_fp4(mode):
         return
     with pytest.raises(ValueError, match=f"-had64-.*: mode {mode} has no rotation, which needs FP4 weights and activations$"):
         replace(QKV, mode=mode, format=fmt, hadamard=64)
+
+
+def test_modes_and_formats_are_the_same_objects_in_every_process():
+    for value in (*MODES.values(), *FORMATS.values()):
+        assert pickle.loads(pickle.dumps(value)) is value
+    other = replace(MODES["w4a8"], name="w4a9")
+    assert pickle.loads(pickle.dumps(other)) == other
