@@ -95,6 +95,7 @@ def test_quantization_is_an_operator():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
 def test_products_compile_and_are_captured():
     device = find_device("cuda")
     w = quantize(torch.randn(64, 128, device="cuda"), MXFP4)
