@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from fp4bench.formats import ScaleRule
+from fp4bench.formats import NVFP4, ScaleRule
 from fp4bench.problems import ExpertWeights, MoeInputs, MoeProblem
 from fp4bench.providers import Phased, Runner, marlin_layout, vllm_moe, vllm_ops
 from fp4bench.quantize import Quantized, quantize
@@ -27,6 +27,8 @@ def why_not_moe(problem: MoeProblem, capability: tuple[int, int]) -> str | None:
         return reason
     if problem.hidden % 64:
         return f"Marlin takes experts with a hidden size that is a multiple of 64, not {problem.hidden}"
+    if problem.bias and problem.format is NVFP4:
+        return "Marlin multiplies a bias by NVFP4's tensor scale (vLLM 0.26.0, whose own NVFP4 experts have none)"
     return vllm_ops.MAIN.why_not(capability, vllm_moe.gate_operator(problem.activation))
 
 

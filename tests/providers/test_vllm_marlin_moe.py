@@ -84,7 +84,7 @@ def test_it_keeps_the_contract(fmt, vllm, monkeypatch):
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_biases_clamped_gates_and_padding_keep_it(fmt, vllm, monkeypatch):
     problem = moe(
-        fmt, hidden=192, intermediate=328, experts=5, topk=4, activation=moe_contract.GPT_OSS, bias=True
+        fmt, bias=fmt is MXFP4, hidden=192, intermediate=328, experts=5, topk=4, activation=moe_contract.GPT_OSS
     )  # 328 is no multiple of a block
     on_the_cpu(problem, monkeypatch)
     assert {(seen["n"], seen["size_k"]) for seen in SEEN[-2:]} == {(768, 192), (192, 384)}
@@ -129,6 +129,7 @@ def test_no_tokens_are_no_work(vllm):
 def test_why_not(vllm):
     provider = VllmMarlinProvider()
     assert why_not(provider, moe(NVFP4), H200) is None
+    assert "multiplies a bias by NVFP4's tensor scale" in why_not(provider, moe(NVFP4, bias=True), H200)
     assert "hidden size that is a multiple of 64, not 200" in why_not(provider, moe(hidden=200), H200)
     (vllm / vllm_ops.MOE.files[-1]).unlink()
     assert "has no _moe_C.abi3.so or _moe_C_stable_libtorch.abi3.so of vLLM" in why_not(provider, moe(), H200)
