@@ -1,5 +1,7 @@
 """On a GPU: the eager truth has the same bits as on the CPU, and every case is right and can be captured."""
 
+from statistics import median
+
 import contract
 import pytest
 import torch
@@ -10,7 +12,9 @@ from fp4bench.cases import gemm_cases, moe_cases, quantize_cases, select
 from fp4bench.checking import check
 from fp4bench.devices import find_device
 from fp4bench.formats import FORMATS, layouts
+from fp4bench.problems import W4A16, MoeProblem
 from fp4bench.quantize import decode, quantize
+from fp4bench.timing.clock import clock_for
 
 pytestmark = pytest.mark.gpu
 
@@ -87,3 +91,23 @@ def test_every_moe_case_runs_in_a_cuda_graph_that_follows_its_choices(case):
         out.fill_(torch.nan)
         graph.replay()
         check(problem, inputs, case.rule, out, case.accumulation(find_device()))
+
+
+def test_choices_that_move_on_keep_experts_out_of_the_l2():
+    # Two of eight experts of 11.7 MB: together they are warm in any L2 of a data center GPU.
+    problem = MoeProblem("mixtral-8x7b", "experts", 8, 1, 4096, 1792, 8, 2, W4A16, FORMATS["mxfp4"])
+    clocks = [clock_for(find_device(), warm=warm) for warm in (False, True)]
+    inputs = problem.inputs("cuda")
+    copies = [inputs, *(problem.copy(inputs, number) for number in range(1, clocks[0].copies(problem.bytes)))]
+    calls = [_reading(problem, one) for one in copies]
+    cold, warm = clocks[0].measure(calls, problem.bytes), clocks[1].measure(calls[:1], problem.bytes)
+    assert (cold.l2, warm.l2) == ("cold", "warm")
+    assert cold.copies == len(copies) > 4
+    assert median(cold.seconds) > 1.2 * median(warm.seconds)
+
+
+def _reading(problem, inputs):
+    """What reads the bytes of the experts hit, and does nothing else."""
+    layer = inputs.weights.keep("bytes", lambda: torch.ones(problem.experts, problem.expert_bytes // 4, device="cuda"))
+    experts = [layer[expert] for expert in inputs.topk_ids.unique().tolist()]
+    return lambda: [expert.sum() for expert in experts]

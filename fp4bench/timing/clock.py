@@ -56,9 +56,10 @@ class Clock(Protocol):
         """
         ...
 
-    def eager_seconds(self, calls: Sequence[Call], bytes_touched: int) -> float | None:
+    def eager_seconds(self, calls: Sequence[Call], bytes_touched: int, gap_seconds: float) -> float | None:
         """Seconds of a call that the host launches, one behind the other: its launches, where they take longer than its work.
 
+        gap_seconds: the rest before a burst of calls, that of the measurement beside which this is to stand.
         None where `measure` times just that, or where such calls would find their operands in the L2.
         """
         ...
@@ -99,7 +100,7 @@ class CpuClock:
         seconds = tuple(self._time(call, count, slowdown) for _ in range(samples))
         return Measurement(seconds, count, self.name, "warm")
 
-    def eager_seconds(self, calls: Sequence[Call], bytes_touched: int = 0) -> None:
+    def eager_seconds(self, calls: Sequence[Call], bytes_touched: int = 0, gap_seconds: float = 0.0) -> None:
         return None
 
     def _time(self, call: Call, calls: int, slowdown: float) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 
 import torch
 
@@ -13,8 +13,8 @@ from fp4bench.timing.clock import Call, Measurement
 from fp4bench.timing.graphs import GraphMemory, Reading, TimedGraph, copies_needed, kernels_of, must_flush, stamps_available
 from fp4bench.timing.pacing import Pace, take
 
-# Calls without a graph are timed in so many bursts of about so many seconds: a host's times vary by percents.
-_EAGER_BURSTS, _EAGER_SECONDS = 7, 0.01
+# Calls without a graph are timed in so many bursts: a host's times vary by percents, and a median of fewer says less.
+_EAGER_BURSTS = 9
 
 # More nodes than this make capture and instantiation slower than what is measured: 10,000 launches take some 0.1 s.
 _MOST_CALLS = 1000
@@ -54,18 +54,19 @@ class CudaClock:
                 return self._measure_eagerly(calls[0], slowdown)
             return self._measure_graphs(once, calls, flush, slowdown)
 
-    def eager_seconds(self, calls: Sequence[Call], bytes_touched: int) -> float | None:
+    def eager_seconds(self, calls: Sequence[Call], bytes_touched: int, gap_seconds: float) -> float | None:
         """The median over bursts of calls without a graph, by the host's clock from the first launch to the last result."""
         if not self._warm and must_flush(bytes_touched, self._l2_bytes):
             return None
         with torch.cuda.device(self._device.torch_name):
             self._burst(calls, 1)
-            rounds = max(1, round(_EAGER_SECONDS / len(calls) / self._burst(calls, 1)))
-            return median(self._burst(calls, rounds) for _ in range(_EAGER_BURSTS))
+            rounds = max(1, round(self._pace.burst_seconds / len(calls) / self._burst(calls, 1)))
+            return median(self._burst(calls, rounds, gap_seconds) for _ in range(_EAGER_BURSTS))
 
-    def _burst(self, calls: Sequence[Call], rounds: int) -> float:
-        """Seconds of one call."""
+    def _burst(self, calls: Sequence[Call], rounds: int, gap_seconds: float = 0.0) -> float:
+        """Seconds of one call, after a rest."""
         torch.cuda.synchronize()
+        sleep(gap_seconds)
         start = perf_counter()
         for _ in range(rounds):
             for call in calls:

@@ -161,7 +161,7 @@ class Measurer:
 
     def _time_launches(self, case: Case, calls: Sequence[Any], measured: Measurement) -> dict[str, Any]:
         """The case without a graph, and each phase of its runners by itself, where they have phases."""
-        eager = self._clock.eager_seconds(calls, case.problem.bytes)
+        eager = self._clock.eager_seconds(calls, case.problem.bytes, measured.gap_seconds)
         return {
             "eager_seconds": eager,
             "launch_seconds": eager and eager - median(measured.seconds),

@@ -211,7 +211,7 @@ def test_phases_of_a_moe_layer_are_in_its_record_and_launches_where_a_clock_has_
     assert list(plain["phases"]) == ["routing", "products"]
     assert 0 < plain["phases"]["routing"] < plain["phases"]["products"]
     assert plain["eager_seconds"] is plain["launch_seconds"] is None
-    measurer.clock.eager_seconds = lambda calls, bytes_touched: 0.5
+    measurer.clock.eager_seconds = lambda calls, bytes_touched, gap_seconds: 0.5
     launched = measurer(TimeCase(moe_case(MoeProvider()))).record
     assert launched["eager_seconds"] == 0.5
     assert 0.4 < launched["launch_seconds"] < 0.5
