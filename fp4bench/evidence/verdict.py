@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -166,6 +167,7 @@ class _Question:
     kernels: str  # how they changed, or nothing
     mhz: tuple[float, float] | None
     own: bool  # compared with runs of its own card
+    waits_for_memory: bool  # so that the SM clock does not slow it down
 
 
 def _new(baseline: Baseline, case_id: str, timing: Timing) -> Verdict | None:
@@ -202,7 +204,18 @@ def _question(baseline: Baseline, case_id: str, timing: Timing, policy: Policy, 
     mhz = (before, timing.record["sm_mhz"]) if before and found.clock is not None else None
     kernels = changed_kernels(baseline.newest(case_id).record, timing.record)
     floor, own = floor_of(case_id, policy, floors), has_own_runs(baseline, case_id)
-    return _Question(case_id, found, (spreads[0], spreads[1]), floor, policy.alpha, kernels, mhz, own)
+    waits = _waits_for_memory(baseline.newest(case_id).record)
+    return _Question(case_id, found, (spreads[0], spreads[1]), floor, policy.alpha, kernels, mhz, own, waits)
+
+
+# Operations a byte below which memory is the roof on every GPU here (copy bandwidth and BF16 rate of an H200 meet at 187), and
+# the share of a roof from which on it is what a kernel waits for.
+_OPERATIONS_A_BYTE, _SHARE_OF_ROOF = 64, 0.5
+
+
+def _waits_for_memory(record: Mapping[str, Any]) -> bool:
+    intensity = (record.get("flops") or 0) / (record.get("bytes") or 1)
+    return intensity < _OPERATIONS_A_BYTE and (record.get("roofline_fraction") or 0.0) >= _SHARE_OF_ROOF
 
 
 def _scattering(question: _Question, seen: tuple[float, float]) -> _Question:
@@ -253,7 +266,8 @@ def _decide(q: _Question, slower: bool, faster: bool, threshold: tuple[float, ..
     sign = 1 if q.effects.time > 0 else -1
     time, second = abs(q.effects.time), sign * q.effects.second
     if time > q.floor:
-        if q.effects.witness == "cycles" and second <= q.floor and _clock_explains(q, -1):
+        excused = q.effects.witness == "cycles" and second <= q.floor and not q.waits_for_memory
+        if excused and _clock_explains(q, -1):
             return Outcome.SAME, "lower_clock" if sign > 0 else "higher_clock", f"{_witnesses(q)}{_clocks(q)}"
         if time > threshold[0] and second <= threshold[1]:
             return Outcome.INCONCLUSIVE, "one_witness", f"{_witnesses(q)}{_clocks(q)}: they disagree; record 3 more runs"

@@ -77,6 +77,24 @@ def test_without_cycles_the_fastest_sample_speaks(median, fastest, outcome):
     assert judge(before, now, CPU)["c0"].outcome is outcome
 
 
+@pytest.mark.parametrize(
+    ("share", "flops", "outcome"),
+    [
+        pytest.param(0.9, 2_000_000, Outcome.INCONCLUSIVE, id="waits-for-memory"),
+        pytest.param(0.3, 2_000_000, Outcome.SAME, id="small-kernels"),
+        pytest.param(0.9, 500_000_000, Outcome.SAME, id="waits-for-the-sms"),
+        pytest.param(None, 2_000_000, Outcome.SAME, id="without-a-roof"),
+    ],
+)
+def test_the_sm_clock_is_no_excuse_for_what_waits_for_memory(share, flops, outcome):
+    facts = {"roofline_fraction": share, "flops": flops}
+    before = baseline(*({f"c{i}": timing(50 * US * f, **facts) for i in range(20)} for f in (0.999, 1.0, 1.001)))
+    now = {"c0": timing(52 * US, cycles=50 * US * 1800e6, mhz=1731.0, **facts)}
+    now |= {f"c{i}": timing(50 * US, **facts) for i in range(1, 20)}
+    found = judge(before, now, STAMPS)["c0"]
+    assert (found.outcome, found.reason) == (outcome, "lower_clock" if outcome is Outcome.SAME else "one_witness")
+
+
 def test_the_lower_clock_is_said():
     detail = judged(timing(50 * US * 1.05, cycles=50 * US * 1800e6, mhz=1714.0)).detail
     assert detail == "time +5.0%, cycles +0.0%, SM clock 1800 MHz then, 1714 now"
