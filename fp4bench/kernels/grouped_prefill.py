@@ -28,9 +28,13 @@ from fp4bench.kernels.unpack import assembly
 from fp4bench.kernels.weights import TILE_N, UNIT_K
 from fp4bench.models import Activation
 
+_BOX = 32  # rows of x that are brought at a time: as many boxes as a block needs
+
 
 def why_not(weight: PreparedExperts, x_dtype: torch.dtype, config: PrefillConfig) -> str | None:
     """Why this configuration cannot compute these products exactly, or None."""
+    if config.columns not in (16, 32, 64, 128):
+        return f"blocks are of up to 16, 32, 64 or 128 pairs, not {config.columns}"
     if x_dtype not in (torch.bfloat16, torch.float8_e4m3fn):
         return f"x is bfloat16 or float8_e4m3fn, not {x_dtype}"
     if x_dtype is torch.float8_e4m3fn and (weight.format.has_tensor_scale or weight.operand is not torch.float8_e4m3fn):
@@ -84,7 +88,7 @@ def product(
     per_unit = 16 if two_level else 8
     name, alpha, limit = activation_arguments(activation)
     _kernel[(min(_sms(x.device) * config.ctas, most * n_tiles),)](
-        _descriptor(x, [config.columns, config.depth], 128),
+        _descriptor(x, [min(config.columns, _BOX), config.depth], 128),
         _descriptor(weight.words.view(weight.experts * weight.tiles, -1), [tiles_per_cta, 128 * units_per_step], 0),
         _descriptor(weight.scales.view(weight.experts * weight.tiles, -1), [tiles_per_cta, per_unit * units_per_step], 0),
         out,
@@ -171,6 +175,21 @@ def _decode(
 # --- Device code: who does what ---------------------------------------------------------------------------------------------
 
 
+_WIDTHS = ((16, 0), (32, 0), (64, 0), (64, 16), (64, 32), (128, 0))
+
+
+@gluon.constexpr_function
+def _widths(columns):
+    """As what a block of up to `columns` pairs may be multiplied: columns of one product, and of a second."""
+    return [width for width in _WIDTHS if sum(width) <= columns]
+
+
+@gluon.constexpr_function
+def _up_to(columns, i):
+    """The most pairs of a block that takes width i; of no width, 0."""
+    return sum(_widths(columns)[i]) if i >= 0 else 0
+
+
 @gluon.jit
 def _work(blocks, number, n_tiles):
     """-> (expert, first position, pairs, n tile) of a CTA's tile."""
@@ -185,10 +204,13 @@ def _produce(descriptors, buffers, barriers, blocks, sizes, STAGES: gl.constexpr
     x_buffer, words_buffer, scales_buffer = buffers
     full, empty = barriers
     columns, tiles, n_tiles, steps, numbers = sizes
+    BOX: gl.constexpr = x_tiles.block_type.shape[0]
+    BOXES: gl.constexpr = x_buffer.shape[1] // BOX
     DEPTH: gl.constexpr = x_tiles.block_type.shape[1]
     TILES: gl.constexpr = words.block_type.shape[0]
     WORDS: gl.constexpr = words.block_type.shape[1]
     SCALES: gl.constexpr = scales.block_type.shape[1]
+    WEIGHT_BYTES: gl.constexpr = words.block_type.nbytes + scales.block_type.nbytes
     count = 0
     for number in range(gl.program_id(0), numbers, gl.num_programs(0)):
         expert, first, pairs, at_n = _work(blocks, number, n_tiles)
@@ -197,11 +219,26 @@ def _produce(descriptors, buffers, barriers, blocks, sizes, STAGES: gl.constexpr
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
             ready = full.index(stage)
-            mbarrier.expect(ready, x_tiles.block_type.nbytes + words.block_type.nbytes + scales.block_type.nbytes)
+            boxes = (pairs + BOX - 1) // BOX
+            for i in gl.static_range(1, BOXES + 1):
+                mbarrier.expect(ready, i * x_tiles.block_type.nbytes + WEIGHT_BYTES, pred=boxes == i)
             tma.async_copy_global_to_shared(words, [tile, step * WORDS], ready, words_buffer.index(stage))
             tma.async_copy_global_to_shared(scales, [tile, step * SCALES], ready, scales_buffer.index(stage))
-            tma.async_copy_global_to_shared(x_tiles, [first, step * DEPTH], ready, x_buffer.index(stage))
+            for i in gl.static_range(BOXES):
+                box = x_buffer.index(stage).slice(BOX * i, BOX, 0)
+                tma.async_copy_global_to_shared(x_tiles, [first + BOX * i, step * DEPTH], ready, box, pred=i < boxes)
             count += 1
+
+
+@gluon.constexpr_function
+def _sums_layout(columns, form):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32 if form == "e4m3" else 16])
+
+
+@gluon.constexpr_function
+def _operand_layout(columns, form):
+    """Of decoded weights: the same registers whatever the columns."""
+    return gl.DotOperandLayout(0, _sums_layout(columns, form), 4 if form == "e4m3" else 2)
 
 
 @gluon.jit
@@ -213,22 +250,44 @@ def _multiply(
     WARPGROUP: gl.constexpr,
     REPEATS: gl.constexpr,
     COLUMNS: gl.constexpr,
+    MORE: gl.constexpr,
     UNITS: gl.constexpr,
     STAGES: gl.constexpr,
     FORM: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
-    OPERAND: gl.constexpr,
 ):
-    """Decode a step and issue its products with the first COLUMNS rows of x, without waiting for them."""
+    """Decode a step and issue its products with the first COLUMNS rows of x, and with MORE after them, without waiting."""
     x_buffer, words_buffer, scales_buffer = buffers
     full, empty = barriers
     stage = count % STAGES
     mbarrier.wait(full.index(stage), count // STAGES & 1)
     words = words_buffer.index(stage).slice(4 * REPEATS * WARPGROUP, 4 * REPEATS, 0)
     scales = scales_buffer.index(stage).slice(4 * REPEATS * WARPGROUP, 4 * REPEATS, 0)
-    w = _decode(words, scales, REPEATS, UNITS, FORM, TWO_LEVEL, OPERAND)
-    x = x_buffer.index(stage).slice(0, COLUMNS, 0).permute((1, 0))
-    return hopper.warpgroup_mma(w, x, sums, is_async=True)
+    w = _decode(words, scales, REPEATS, UNITS, FORM, TWO_LEVEL, _operand_layout(COLUMNS, FORM))
+    x = x_buffer.index(stage)
+    products = (hopper.warpgroup_mma(w, x.slice(0, COLUMNS, 0).permute((1, 0)), sums[0], is_async=True),)
+    if MORE > 0:
+        w = gl.convert_layout(w, _operand_layout(MORE, FORM), assert_trivial=True)
+        products = products + (hopper.warpgroup_mma(w, x.slice(COLUMNS, MORE, 0).permute((1, 0)), sums[1], is_async=True),)
+    return products
+
+
+@gluon.jit
+def _waited(sums, STEPS: gl.constexpr, MORE: gl.constexpr):
+    """Sums of all products but those of the last STEPS steps."""
+    if MORE > 0:
+        a, b = hopper.warpgroup_mma_wait(2 * STEPS, deps=sums)
+        return (a, b)
+    else:
+        return (hopper.warpgroup_mma_wait(STEPS, deps=sums),)
+
+
+@gluon.jit
+def _to_be_added_to(sums, MORE: gl.constexpr):
+    if MORE > 0:
+        return (hopper.warpgroup_mma_init(sums[0]), hopper.warpgroup_mma_init(sums[1]))
+    else:
+        return (hopper.warpgroup_mma_init(sums[0]),)
 
 
 @gluon.jit
@@ -250,6 +309,7 @@ def _tile(
     WARPGROUPS: gl.constexpr,
     REPEATS: gl.constexpr,
     COLUMNS: gl.constexpr,
+    MORE: gl.constexpr,
     UNITS: gl.constexpr,
     STAGES: gl.constexpr,
     FORM: gl.constexpr,
@@ -258,29 +318,49 @@ def _tile(
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
 ):
-    """A warpgroup's rows of one tile, for a block of up to COLUMNS pairs."""
+    """A warpgroup's rows of one tile, for a block of up to COLUMNS + MORE pairs: the weight is decoded once for both."""
     ROWS: gl.constexpr = 64 * REPEATS
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32 if FORM == "e4m3" else 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 4 if FORM == "e4m3" else 2)
-    sums = hopper.warpgroup_mma_init(gl.zeros([ROWS, COLUMNS], gl.float32, SUMS))
+    SUMS: gl.constexpr = _sums_layout(COLUMNS, FORM)
+    sums = (hopper.warpgroup_mma_init(gl.zeros([ROWS, COLUMNS], gl.float32, SUMS)),)
+    if MORE > 0:
+        SUMS_OF_MORE: gl.constexpr = _sums_layout(MORE, FORM)
+        sums = sums + (hopper.warpgroup_mma_init(gl.zeros([ROWS, MORE], gl.float32, SUMS_OF_MORE)),)
     # Two steps a turn, so that their operands have registers of their own; a step in advance where the rest would be odd.
     if steps % 2 == 0:
-        sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, COLUMNS, UNITS, STAGES, FORM, TWO_LEVEL, OPERAND)
-        sums = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(0, deps=(sums,)))
+        sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, COLUMNS, MORE, UNITS, STAGES, FORM, TWO_LEVEL)
+        sums = _to_be_added_to(_waited(sums, 0, MORE), MORE)
         _release(barriers, count, STAGES)
         count += 1
-    sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, COLUMNS, UNITS, STAGES, FORM, TWO_LEVEL, OPERAND)
+    sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, COLUMNS, MORE, UNITS, STAGES, FORM, TWO_LEVEL)
     for pair in range((steps - 1) // 2):
         for half in gl.static_range(2):
             sums = _multiply(
-                buffers, barriers, count + 1, sums, WARPGROUP, REPEATS, COLUMNS, UNITS, STAGES, FORM, TWO_LEVEL, OPERAND
+                buffers, barriers, count + 1, sums, WARPGROUP, REPEATS, COLUMNS, MORE, UNITS, STAGES, FORM, TWO_LEVEL
             )
-            sums = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(1, deps=(sums,)))
+            sums = _to_be_added_to(_waited(sums, 1, MORE), MORE)
             _release(barriers, count, STAGES)
             count += 1
-    y = hopper.warpgroup_mma_wait(0, deps=(sums,))
+    y = _waited(sums, 0, MORE)
     _release(barriers, count, STAGES)
-    _store(y, pointers, place, limits, WARPGROUP, WARPGROUPS, ROWS, COLUMNS, SUMS, FORM, HAS_X_SCALE, HAS_BIAS, ACTIVATION)
+    expert, first, pairs, at_n, columns, tiles, out_stride = place
+    _store(y[0], pointers, place, limits, WARPGROUP, WARPGROUPS, ROWS, COLUMNS, SUMS, FORM, HAS_X_SCALE, HAS_BIAS, ACTIVATION)
+    if MORE > 0:
+        place = (expert, first + COLUMNS, pairs - COLUMNS, at_n, columns, tiles, out_stride)
+        _store(
+            y[1],
+            pointers,
+            place,
+            limits,
+            WARPGROUP,
+            WARPGROUPS,
+            ROWS,
+            MORE,
+            SUMS_OF_MORE,
+            FORM,
+            HAS_X_SCALE,
+            HAS_BIAS,
+            ACTIVATION,
+        )
 
 
 @gluon.jit
@@ -366,21 +446,30 @@ def _consume(
     for number in range(gl.program_id(0), numbers, gl.num_programs(0)):
         expert, first, pairs, at_n = _work(blocks, number, n_tiles)
         place = (expert, first, pairs, at_n, columns, tiles, out_stride)
-        if pairs <= 16 or COLUMNS == 16:
-            _tile(
-                buffers, barriers, pointers, place, steps, count, limits, WARPGROUP, WARPGROUPS, REPEATS, 16, UNITS, STAGES,
-                FORM, TWO_LEVEL, HAS_X_SCALE, HAS_BIAS, ACTIVATION,
-            )  # fmt: skip
-        elif pairs <= 32 or COLUMNS == 32:
-            _tile(
-                buffers, barriers, pointers, place, steps, count, limits, WARPGROUP, WARPGROUPS, REPEATS, 32, UNITS, STAGES,
-                FORM, TWO_LEVEL, HAS_X_SCALE, HAS_BIAS, ACTIVATION,
-            )  # fmt: skip
-        else:
-            _tile(
-                buffers, barriers, pointers, place, steps, count, limits, WARPGROUP, WARPGROUPS, REPEATS, COLUMNS, UNITS,
-                STAGES, FORM, TWO_LEVEL, HAS_X_SCALE, HAS_BIAS, ACTIVATION,
-            )  # fmt: skip
+        for i in gl.static_range(len(_widths(COLUMNS))):
+            # The narrowest that holds the block's pairs.
+            if (pairs > _up_to(COLUMNS, i - 1)) & (pairs <= _up_to(COLUMNS, i)):
+                _tile(
+                    buffers,
+                    barriers,
+                    pointers,
+                    place,
+                    steps,
+                    count,
+                    limits,
+                    WARPGROUP,
+                    WARPGROUPS,
+                    REPEATS,
+                    _widths(COLUMNS)[i][0],
+                    _widths(COLUMNS)[i][1],
+                    UNITS,
+                    STAGES,
+                    FORM,
+                    TWO_LEVEL,
+                    HAS_X_SCALE,
+                    HAS_BIAS,
+                    ACTIVATION,
+                )
         count += steps
 
 
@@ -414,7 +503,7 @@ def _kernel(
     ACTIVATION: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    x_buffer = gl.allocate_shared_memory(x_tiles.dtype, [STAGES] + x_tiles.block_type.shape, x_tiles.layout)
+    x_buffer = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, COLUMNS, x_tiles.block_type.shape[1]], x_tiles.layout)
     words_buffer = gl.allocate_shared_memory(words.dtype, [STAGES] + words.block_type.shape, words.layout)
     scales_buffer = gl.allocate_shared_memory(scales.dtype, [STAGES] + scales.block_type.shape, scales.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

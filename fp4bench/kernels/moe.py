@@ -98,12 +98,12 @@ class Workspace:
 def default_config(m: int, topk: int, experts: int, *, fp8: bool = False) -> MoeConfig:
     """A launch by arithmetic: the narrowest blocks that few experts have more tokens than, if tokens choose evenly.
 
-    fp8: for w4a8, which `grouped_prefill` alone computes.
+    fp8: for w4a8, which `grouped_prefill` alone computes. Its CTAs are two an SM: one stores while the other multiplies.
     """
     mean = m * topk / experts
     if fp8 or mean > 12:
-        depth = 128 if fp8 else 64
-        wide = PrefillConfig(rows=256, columns=64, depth=depth, stages=5 if fp8 else 10)
+        columns, depth = 64 if mean <= 40 else 128, 128 if fp8 else 64
+        wide = PrefillConfig(128, columns, depth, stages=5 if columns == 64 and not fp8 else 4, warpgroups=1, ctas=2)
         return MoeConfig(wide, wide)
     launch = GroupedConfig(8 if m <= 8 or mean <= 3 else 16)
     return MoeConfig(launch, launch)

@@ -24,7 +24,7 @@ def compiled(form, fmt, config, activation):
     per_unit = 16 if fmt.has_tensor_scale else 8
     dtype, element = {"bf16": (torch.bfloat16, "bf16"), "e4m3": (torch.float8_e4m3fn, "fp8e4nv")}[form]
     types = {
-        "x_tiles": described(element, dtype, [config.columns, config.depth], 128),
+        "x_tiles": described(element, dtype, [min(config.columns, grouped_prefill._BOX), config.depth], 128),
         "words": described("i32", torch.int32, [tiles, 128 * units], 0),
         "scales": described("i32", torch.int32, [tiles, per_unit * units], 0),
         "out": "*bf16" if activation else "*fp32",
@@ -59,7 +59,7 @@ def described(element, dtype, block, swizzle):
     ("form", "fmt", "activation", "config"),
     [
         ("bf16", NVFP4, "silu", moe.default_config(1024, 8, 256).first),
-        ("e4m3", MXFP4, "", moe.default_config(1024, 8, 256, fp8=True).second),
+        ("e4m3", MXFP4, "", moe.default_config(2048, 8, 256, fp8=True).second),
     ],
     ids=["gate_up", "down"],
 )
@@ -69,8 +69,8 @@ def test_it_compiles_to_wgmma_of_each_width_with_weights_in_registers(form, fmt,
     products = re.findall(
         rf"wgmma\.mma_async\.sync\.aligned\.m64n(\d+){depth}\.f32\.{form}\.{form} \{{[^}}]*\}}, (.)", binary.asm["ptx"]
     )
-    # For blocks of up to 16, 32 and 64 pairs; the left operand is a list of registers, not a descriptor.
-    assert set(products) == {("16", "{"), ("32", "{"), ("64", "{")}
+    # For blocks of up to 16, 32, 64 pairs; the left operand is a list of registers, not a descriptor.
+    assert set(products) == {(width, "{") for width in ("16", "32", "64", "128") if int(width) <= config.columns}
     assert "cp.async.bulk.tensor" in binary.asm["ptx"]
     assert binary.metadata.shared <= 227 * 1024
     _, stack = resources(binary, tmp_path)
@@ -96,6 +96,7 @@ def test_operands_that_do_not_fit_are_refused():
         ({"x": fp8, "weight": nvfp4}, "not exact as E4M3"),
         ({"x": fp8, "weight": e4m3}, "128 bytes"),
         ({"config": PrefillConfig(columns=64, stages=20)}, "shared memory"),
+        ({"config": PrefillConfig(columns=256)}, "16, 32, 64 or 128 pairs"),
         ({"activation": None}, "does not fit weights"),
         ({"x": x[:3]}, "does not fit weights"),
         ({"out": x[:, :16]}, "is not for 4 x 16"),

@@ -96,9 +96,9 @@ def test_a_bias_lies_as_the_rows_of_its_weight():
 
 
 def test_blocks_are_as_wide_as_most_experts_need():
-    blocks = {1: 8, 8: 8, 64: 8, 96: 8, 97: 16, 256: 16, 384: 16, 385: 64, 2048: 64}
+    blocks = {1: 8, 8: 8, 64: 8, 96: 8, 97: 16, 256: 16, 384: 16, 385: 64, 1280: 64, 1281: 128, 2048: 128}
     assert {m: moe.default_config(m, 8, 256).block for m in blocks} == blocks
-    blocks = {1: 8, 8: 8, 12: 8, 13: 16, 48: 16, 49: 64}
+    blocks = {1: 8, 8: 8, 12: 8, 13: 16, 48: 16, 49: 64, 161: 128}
     assert {m: moe.default_config(m, 2, 8).block for m in blocks} == blocks
     assert moe.default_config(1, 2, 8, fp8=True).block == 64
 
@@ -126,6 +126,7 @@ NARROW = [
     MoeConfig(GroupedConfig(16, split=1), GroupedConfig(16, tiles=1, warps=8, split=2)),
 ]
 WIDE = [
+    moe.default_config(40, 1, 1),
     moe.default_config(1000, 1, 1),
     wide(32, rows=64, warpgroups=1, ctas=2),
     wide(16),
@@ -133,6 +134,7 @@ WIDE = [
     wide(64, depth=128),
 ]
 FP8 = [
+    moe.default_config(40, 1, 1, fp8=True),
     moe.default_config(1000, 1, 1, fp8=True),
     wide(32, 128),
 ]
