@@ -74,7 +74,10 @@ def _rows(problem: MoeProblem, copies: int, device: torch.device) -> torch.Tenso
 def _reference(
     problem: MoeProblem, inputs: MoeInputs, rule: ScaleRule | None, accumulation: Accumulation, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs and their variances, float64 (rows, hidden)."""
+    """Outputs and their variances, float64 (rows, hidden).
+
+    What shares a scale over all rows of the intermediate shares it here over those compared, which is one more way to round.
+    """
     if not problem.m:
         return torch.zeros_like(inputs.x, dtype=torch.float64), torch.zeros_like(inputs.x, dtype=torch.float64)
     quantizer = _Quantizer(problem, rule)
