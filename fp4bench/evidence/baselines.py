@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
@@ -209,19 +209,22 @@ def accepted(folder: Path, machine: str) -> Baseline | None:
     return Baseline(tuple(load(path, machine) for path in files)) if files else None
 
 
-def find(folder: Path, wanted: str, machine: str) -> Baseline:
-    """A baseline of one run: the file at the path `wanted`, or the newest stored run whose name starts with it.
+def find(folders: Sequence[Path], wanted: str, machine: str) -> Baseline:
+    """A baseline of one run: the file at the path `wanted`, or the newest stored run of a folder whose name starts with it.
 
-    Raises BaselineError where there is none, and as `load` does.
+    Raises BaselineError where there is none, where two folders hold one, for each numbers its runs itself, and as `load` does.
     """
     if Path(wanted).is_file():
         return Baseline((load(Path(wanted), machine),))
-    stored = stored_files(folder)
-    matching = [path for path in stored if path.name.startswith(wanted)]
-    if not matching:
-        names = ", ".join(path.stem for path in stored) or "nothing"
-        raise BaselineError(f"no stored run {wanted!r} in {folder}, which holds {names}")
-    return Baseline((load(matching[-1], machine),))
+    stored = {folder: stored_files(folder) for folder in folders}
+    matching = [[path for path in paths if path.name.startswith(wanted)] for paths in stored.values()]
+    found = [paths[-1] for paths in matching if paths]
+    if not found:
+        holds = (f"{folder}, which holds {', '.join(p.stem for p in paths) or 'nothing'}" for folder, paths in stored.items())
+        raise BaselineError(f"no stored run {wanted!r} in {', nor in '.join(holds)}")
+    if len(found) > 1:
+        raise BaselineError(f"{wanted!r} is {' and '.join(map(str, found))}: give the path of the one that is meant")
+    return Baseline((load(found[0], machine),))
 
 
 def load(path: Path, machine: str) -> StoredRun:

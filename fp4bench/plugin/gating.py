@@ -52,9 +52,7 @@ class Gate:
         machine = suite.machine_info["machine"]
         if wanted is None:
             return baselines.accepted(suite.baselines / machine, machine)
-        accepted = suite.baselines / machine
-        known = any(path.name.startswith(wanted) for path in baselines.stored_files(accepted))
-        return baselines.find(accepted if known else suite.runs, wanted, machine)
+        return baselines.find((suite.baselines / machine, suite.runs), wanted, machine)
 
     def header(self) -> str | None:
         """What the run will be compared with."""

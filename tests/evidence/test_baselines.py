@@ -212,17 +212,28 @@ def test_one_run_is_found_by_its_number_or_path(tmp_path):
     for number in (1, 2, 10):
         write(tmp_path / f"{number:04}_a.json", stored_run(number))
     elsewhere = write(tmp_path / "other" / "run.json", stored_run(5))
-    assert [run.name for run in find(tmp_path, "0002", MACHINE).runs] == ["0002_a"]
-    assert find(tmp_path, "00", MACHINE).label == "0010_a"  # the newest of those that match
-    assert find(tmp_path, str(elsewhere), MACHINE).runs[0].datetime.startswith("2026-11-05")
+    assert [run.name for run in find([tmp_path], "0002", MACHINE).runs] == ["0002_a"]
+    assert find([tmp_path], "00", MACHINE).label == "0010_a"  # the newest of those that match
+    assert find([tmp_path], str(elsewhere), MACHINE).runs[0].datetime.startswith("2026-11-05")
 
 
 def test_a_run_that_is_not_there_is_named_with_those_that_are(tmp_path):
     write(tmp_path / "0001_first.json", stored_run())
     with pytest.raises(BaselineError, match=r"no stored run '0007' in .*, which holds 0001_first"):
-        find(tmp_path, "0007", MACHINE)
+        find([tmp_path], "0007", MACHINE)
     with pytest.raises(BaselineError, match=r"no stored run '0007' in .*, which holds nothing"):
-        find(tmp_path / "absent", "0007", MACHINE)
+        find([tmp_path / "absent"], "0007", MACHINE)
+
+
+def test_a_number_that_two_folders_give_is_nobodys(tmp_path):
+    taken, stored = tmp_path / "baselines", tmp_path / ".benchmarks"
+    for path in (taken / "0001_first.json", stored / "0001_run.json", stored / "0002_run.json"):
+        write(path, stored_run(1))
+    assert find([taken, stored], "0002", MACHINE).label == "0002_run"
+    assert find([taken, stored], "0001_f", MACHINE).label == "0001_first"
+    with pytest.raises(BaselineError, match=r"'0001' is .*0001_first\.json and .*0001_run\.json: give the path of the one"):
+        find([taken, stored], "0001", MACHINE)
+    assert find([taken, stored], str(stored / "0001_run.json"), MACHINE).label == "0001_run"
 
 
 def test_a_large_baseline_loads_quickly(tmp_path):
