@@ -11,7 +11,8 @@ In w4a8 the rows of x, and what lies between, are quantized to E4M3 with a scale
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fp4bench.kernels.grouped import GroupedConfig
 from fp4bench.kernels.grouped_prefill import product
 from fp4bench.kernels.prefill import PrefillConfig
 from fp4bench.kernels.quantize import quantize_fp8_rows
+from fp4bench.kernels.weights import UNIT_K
 from fp4bench.models import Activation
 from fp4bench.quantize import RowQuantized
 
@@ -95,8 +97,9 @@ class Workspace:
     hidden_quantized: RowQuantized | None = None
 
 
-def default_config(m: int, topk: int, experts: int, *, fp8: bool = False) -> MoeConfig:
-    """A launch by arithmetic: the narrowest blocks that few experts have more tokens than, if tokens choose evenly.
+def default_config(m: int, topk: int, experts: int, intermediate: int, *, fp8: bool = False) -> MoeConfig:
+    """A launch by arithmetic: the narrowest blocks that few experts have more tokens than, if tokens choose evenly; warps that
+    share k have several units of it each.
 
     fp8: for w4a8, which `grouped_prefill` alone computes. Its CTAs are two an SM: one stores while the other multiplies.
     """
@@ -105,8 +108,9 @@ def default_config(m: int, topk: int, experts: int, *, fp8: bool = False) -> Moe
         columns, depth = 64 if mean <= 40 else 128, 128 if fp8 else 64
         wide = PrefillConfig(128, columns, depth, stages=5 if columns == 64 and not fp8 else 4, warpgroups=1, ctas=2)
         return MoeConfig(wide, wide)
-    launch = GroupedConfig(8 if m <= 8 or mean <= 3 else 16)
-    return MoeConfig(launch, launch)
+    block = 8 if m <= 8 or mean <= 3 else 16
+    first, units = GroupedConfig(block, ahead=block == 8), ceil(intermediate / UNIT_K)
+    return MoeConfig(first, replace(first, split=4 if units >= 16 else 2 if units >= 8 else 1))
 
 
 def bias_of_tiles(bias: torch.Tensor, weight: PreparedExperts) -> torch.Tensor:

@@ -33,7 +33,7 @@ def prepare_moe(problem: MoeProblem, inputs: MoeInputs, pdl: bool) -> Runner:
     assert problem.format is not None
     fp8 = problem.mode.name == "w4a8"
     layer = inputs.weights.keep(("triton", problem.format, fp8), lambda: _layer(problem, inputs.weights, fp8))
-    config = moe.default_config(problem.m, problem.topk, problem.experts, fp8=fp8)
+    config = moe.default_config(problem.m, problem.topk, problem.experts, problem.intermediate, fp8=fp8)
     space = moe.workspace(problem.m, problem.topk, layer, config, fp8=fp8)
     out = torch.empty_like(inputs.x)
     phases = moe.phases(inputs.x, inputs.topk_ids, inputs.topk_weights, layer, out, space=space, config=config, pdl=pdl)
@@ -66,4 +66,4 @@ def _is_wide(problem: MoeProblem) -> bool:
     from fp4bench.kernels import moe
 
     fp8 = problem.mode.name == "w4a8"
-    return moe.default_config(problem.m, problem.topk, problem.experts, fp8=fp8).is_wide
+    return moe.default_config(problem.m, problem.topk, problem.experts, problem.intermediate, fp8=fp8).is_wide

@@ -82,7 +82,7 @@ def test_what_does_not_belong_together_is_refused():
     ids, weights = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3, 2)
     for bad, out in ((x[:2], x[:2]), (x, x[:, :32]), (x, x.float()), (x.half(), x.half())):
         with pytest.raises(ValueError, match="do not fit 3 tokens"):
-            moe.phases(bad, ids, weights, layer, out, space=space, config=moe.default_config(3, 2, 2))
+            moe.phases(bad, ids, weights, layer, out, space=space, config=moe.default_config(3, 2, 2, 128))
 
 
 def test_a_bias_lies_as_the_rows_of_its_weight():
@@ -97,10 +97,15 @@ def test_a_bias_lies_as_the_rows_of_its_weight():
 
 def test_blocks_are_as_wide_as_most_experts_need():
     blocks = {1: 8, 8: 8, 64: 8, 96: 8, 97: 16, 256: 16, 384: 16, 385: 64, 1280: 64, 1281: 128, 2048: 128}
-    assert {m: moe.default_config(m, 8, 256).block for m in blocks} == blocks
+    assert {m: moe.default_config(m, 8, 256, 128).block for m in blocks} == blocks
     blocks = {1: 8, 8: 8, 12: 8, 13: 16, 48: 16, 49: 64, 161: 128}
-    assert {m: moe.default_config(m, 2, 8).block for m in blocks} == blocks
-    assert moe.default_config(1, 2, 8, fp8=True).block == 64
+    assert {m: moe.default_config(m, 2, 8, 128).block for m in blocks} == blocks
+    assert moe.default_config(1, 2, 8, 128, fp8=True).block == 64
+
+
+def test_warps_share_k_where_it_is_long():
+    splits = {64: 1, 256: 1, 448: 1, 512: 2, 1024: 4, 2880: 4}
+    assert {i: moe.default_config(1, 8, 256, i).second.split for i in splits} == splits
 
 
 def routed(kind, m, topk, experts):
@@ -126,16 +131,16 @@ NARROW = [
     MoeConfig(GroupedConfig(16, split=1), GroupedConfig(16, tiles=1, warps=8, split=2)),
 ]
 WIDE = [
-    moe.default_config(40, 1, 1),
-    moe.default_config(1000, 1, 1),
+    moe.default_config(40, 1, 1, 128),
+    moe.default_config(1000, 1, 1, 128),
     wide(32, rows=64, warpgroups=1, ctas=2),
     wide(16),
     wide(128),
     wide(64, depth=128),
 ]
 FP8 = [
-    moe.default_config(40, 1, 1, fp8=True),
-    moe.default_config(1000, 1, 1, fp8=True),
+    moe.default_config(40, 1, 1, 128, fp8=True),
+    moe.default_config(1000, 1, 1, 128, fp8=True),
     wide(32, 128),
 ]
 
@@ -204,7 +209,7 @@ def test_choices_of_other_gpus_count_for_nothing_and_a_token_does_not_see_the_ot
     ids, weights = routed("any", 33, 4, 8), torch.rand(33, 4, device="cuda")
     ids[::3, 1] = -1
     ids[5] = 8
-    config = moe.default_config(33, 4, 8)
+    config = moe.default_config(33, 4, 8, 128)
     space = moe.workspace(33, 4, layer, config)
     out = moe.run(x, ids, weights, layer, torch.full_like(x, torch.nan), space=space, config=config)
     want = exact(x, ids, weights, decoded, biases, SILU)
@@ -222,7 +227,7 @@ def test_a_layer_in_a_cuda_graph_follows_its_inputs():
     layer, decoded, biases = layer_of(8, 256, 128, MXFP4, device="cuda")
     x, out = randn(20, 256).bfloat16().cuda(), torch.empty(20, 256, dtype=torch.bfloat16, device="cuda")
     ids, weights = routed("any", 20, 2, 8), torch.rand(20, 2, device="cuda")
-    config = moe.default_config(20, 2, 8)
+    config = moe.default_config(20, 2, 8, 128)
     space = moe.workspace(20, 2, layer, config)
 
     def call():
