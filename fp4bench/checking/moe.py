@@ -80,32 +80,42 @@ def _reference(
     """
     if not problem.m:
         return torch.zeros_like(inputs.x, dtype=torch.float64), torch.zeros_like(inputs.x, dtype=torch.float64)
-    quantizer = _Quantizer(problem, rule)
-    w = inputs.weights
-    ids, weights = inputs.topk_ids[rows], inputs.topk_weights[rows].double()[..., None]
-    quantized = quantizer.activations(inputs.x)
-    x, ties = (part[rows].repeat_interleave(problem.topk, dim=0) for part in (values(quantized), _ties(inputs.x, quantized)))
-    sums, squares, tied = grouped_gemm(
-        x, ids.flatten(), lambda e: quantizer.weights(w.w13(e)), _bias(problem, w.b13), [x.square(), ties.square()]
-    )
-    sums_variance = _sum_variance(squares, problem.hidden, accumulation) + tied + _BF16_VARIANCE * sums.square()
-    hidden = activate(sums, problem.activation)
-    hidden_variance = _activated_variance(sums, sums_variance, problem.activation) + _BF16_VARIANCE * hidden.square()
-    between = quantizer.activations(hidden.float())
-    second = values(between)
-    out, squares, carried = grouped_gemm(
-        second,
-        ids.flatten(),
-        lambda e: quantizer.weights(w.w2(e)),
-        _bias(problem, w.b2),
-        [second.square(), hidden_variance + 2 * _step_variance(between)],
-    )
-    out_variance = carried + _sum_variance(squares, problem.intermediate, accumulation)
-    weighted, variance = (part.unflatten(0, (-1, problem.topk)) for part in (out, out_variance))
-    weighted = weights * weighted
+    quantizer = _Quantizer(problem, rule, accumulation)
+    experts = inputs.topk_ids[rows].flatten()
+    hidden, variance = _hidden(quantizer, inputs, rows, experts)
+    out, variance = _outputs(quantizer, inputs, experts, hidden, variance)
+    out, variance = (part.unflatten(0, (-1, problem.topk)) for part in (out, variance))
+    weights = inputs.topk_weights[rows].double()[..., None]
+    weighted = weights * out
     # The result of the product and that of the weighting, then each partial sum.
     roundings = 2 * weighted.square().sum(dim=1) + weighted.cumsum(dim=1).square().sum(dim=1)
     return weighted.sum(dim=1), (weights.square() * variance).sum(dim=1) + _BF16_VARIANCE * roundings
+
+
+def _hidden(
+    quantizer: "_Quantizer", inputs: MoeInputs, rows: torch.Tensor, experts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activated sums of the first product and their variances, float64 (pairs, intermediate)."""
+    problem, w = quantizer.problem, inputs.weights
+    quantized = quantizer.activations(inputs.x)
+    x, ties = (part[rows].repeat_interleave(problem.topk, dim=0) for part in (values(quantized), _ties(inputs.x, quantized)))
+    squares = [x.square(), ties.square()]
+    sums, spread, tied = grouped_gemm(x, experts, lambda e: quantizer.weights(w.w13(e)), _bias(problem, w.b13), squares)
+    variance = _sum_variance(spread, problem.hidden, quantizer.accumulation) + tied + _BF16_VARIANCE * sums.square()
+    hidden = activate(sums, problem.activation)
+    return hidden, _activated_variance(sums, variance, problem.activation) + _BF16_VARIANCE * hidden.square()
+
+
+def _outputs(
+    quantizer: "_Quantizer", inputs: MoeInputs, experts: torch.Tensor, hidden: torch.Tensor, variance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results of the second product and their variances, float64 (pairs, hidden), from the intermediate and its variances."""
+    problem, w = quantizer.problem, inputs.weights
+    between = quantizer.activations(hidden.float())
+    second = values(between)
+    squares = [second.square(), variance + 2 * _step_variance(between)]
+    out, spread, carried = grouped_gemm(second, experts, lambda e: quantizer.weights(w.w2(e)), _bias(problem, w.b2), squares)
+    return out, carried + _sum_variance(spread, problem.intermediate, quantizer.accumulation)
 
 
 def _bias(problem: MoeProblem, of_expert: Callable[[int], torch.Tensor | None]) -> Weight | None:
@@ -165,10 +175,11 @@ def _step(elements: torch.Tensor, bits: int, least: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Quantizer:
-    """The operands of a problem's mode."""
+    """The operands of a problem's mode, and how its products are added up."""
 
     problem: MoeProblem
     rule: ScaleRule | None
+    accumulation: Accumulation
 
     def weights(self, w: torch.Tensor) -> Operand:
         return self._quantized(w, self.problem.mode.weights, self.problem.fp8.weight_tile if self.problem.fp8 else None)
