@@ -188,7 +188,7 @@ def _refuse_unfit(candidate: Candidate, allow_dirty: bool) -> None:
 
 
 def _moved(baseline: Baseline, run: StoredRun) -> dict[str, str]:
-    verdicts = judge(baseline, run.cases, POLICIES)
+    verdicts = judge(baseline, run.cases, POLICIES, run.info.get("floors") or {})
     return {c: found.outcome.value for c, found in verdicts.items() if found.outcome in (Outcome.FASTER, Outcome.REGRESSED)}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +69,7 @@ class Gate:
             self._demand_a_baseline()
             self._judged = True
             return
-        now, floors, expected = self._timings, self._floors(), self._expected()
+        now, floors, expected = self._timings, self._suite.own_floors, self._expected()
         self._changed = incomparable_reasons(self._suite.run, self.baseline, self._suite.device.is_cuda)
         self.invalid += self._changed
         if self.invalid:
@@ -103,17 +102,6 @@ class Gate:
         if again is None:
             return POLICIES
         return {clock: replace(policy, repetitions=again) for clock, policy in POLICIES.items()}
-
-    def _floors(self) -> dict[str, float]:
-        """Each case's own floor: the first matching glob of pyproject.toml, else its test's marker."""
-        floors = {}
-        for case_id, (item, _) in self._suite.tally.timed.items():
-            matching = (floor for glob, floor in self._suite.floors.items() if fnmatchcase(case_id, glob))
-            marker = item.get_closest_marker("floor")
-            floor = next(matching, marker.args[0] if marker else None)
-            if floor is not None:
-                floors[case_id] = floor
-        return floors
 
     def _expected(self) -> dict[str, str]:
         """Cases of the baseline that this run was to time and did not, with the reason; failed cases are told elsewhere."""

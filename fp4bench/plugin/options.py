@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,18 @@ def floors_table(rootpath: Path) -> dict[str, float]:
     for glob, floor in floors.items():
         if not _is_floor(floor):
             raise ValueError(f"[tool.fp4bench] floors {glob!r} of {path.name} is {floor!r}, not a share such as 0.03")
+    return floors
+
+
+def own_floors(table: Mapping[str, float], items: Mapping[str, pytest.Item]) -> dict[str, float]:
+    """The floors of those cases that have one of their own: the first matching glob of the table, else its test's marker."""
+    floors = {}
+    for case_id, item in items.items():
+        matching = (floor for glob, floor in table.items() if fnmatchcase(case_id, glob))
+        marker = item.get_closest_marker("floor")
+        floor = next(matching, marker.args[0] if marker else None)
+        if floor is not None:
+            floors[case_id] = floor
     return floors
 
 

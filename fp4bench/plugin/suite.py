@@ -407,6 +407,11 @@ class Suite:
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         output_json["fp4bench"] = self.info()
 
+    @property
+    def own_floors(self) -> dict[str, float]:
+        """Of the timed cases that have one."""
+        return options.own_floors(self.floors, {case_id: item for case_id, (item, _) in self.tally.timed.items()})
+
     def info(self) -> dict[str, Any]:
         """What a stored run says of itself, beside its cases."""
         from datetime import datetime, timezone
@@ -424,6 +429,7 @@ class Suite:
             "left_out": len(self.tally.left_out),
             "invalid": self.invalid,
             "options": self.asked,
+            "floors": self.own_floors,
             "no_stamps": self.run.conditions[0]["no_stamps"] if self.run.conditions else None,
             "ceilings": self.run.ceilings(),
             "canaries": self.run.canaries(),

@@ -227,6 +227,13 @@ def test_a_lucky_run_is_one_among_others(tmp_path, together):
     assert changes(path) == (None, None)
 
 
+@pytest.mark.parametrize(("floor", "moved"), [(0.1, None), (0.02, {CASES[0]: "REGRESSED"})])
+def test_what_stays_within_a_cases_own_floor_did_not_move(tmp_path, floor, moved):
+    take(tmp_path, *(stored_run(number) for number in (1, 2, 3, 4)))
+    (path,) = take(tmp_path, scaled(stored_run(5, floors={CASES[0]: floor}), 1.05))
+    assert alone(path) == moved
+
+
 def test_moves_to_both_sides_confirm_nothing(tmp_path):
     take(tmp_path, *(stored_run(number) for number in (1, 2, 3, 4)))
     paths = take(tmp_path, scaled(stored_run(5), 0.9), scaled(stored_run(6), 1.1), scaled(stored_run(7), 0.9))

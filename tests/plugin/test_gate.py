@@ -235,6 +235,7 @@ def test_each_outcome_is_shown_with_what_to_do_and_strict_fails_new_cases(change
     assert sorted(failed) == sorted([CASES[1], CASES[2]])
     accept = f'to accept what is NEW and FASTER: fp4bench accept .benchmarks/{MACHINE}/0002_run.json --name NAME --reason "..."'
     assert accept in result.text
+    assert changes.stored("0002_run")["fp4bench"]["floors"] == dict(zip(CASES, (0.9, 0.9, 0.1, 0.9), strict=True))
 
 
 def test_without_the_gate_all_is_shown_and_nothing_fails(changes):
