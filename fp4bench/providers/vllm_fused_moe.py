@@ -1,6 +1,6 @@
-"""vLLM's Triton kernels of MoE layers, out of its file `fused_moe.py`, without the package around it.
+"""vLLM's Triton kernels of MoE layers, out of its files `fused_moe.py` and others, without the package around them.
 
-`import vllm` changes torch and needs some forty packages (`vllm_ops`); of the file's kernel, its launch and the choice of
+`import vllm` changes torch and needs some forty packages (`vllm_ops`); of such a file's kernels, their launch and the choice of
 launches nothing does. So the file is run with stand-ins for the modules of vLLM that it imports. Those that the launch really
 asks are told here as vLLM 0.26.0 tells them on a CUDA GPU; each other name is a class that can be named, and not called.
 """
@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from math import prod
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 FILE = "model_executor/layers/fused_moe/fused_moe.py"
+OGS_FILE = "model_executor/layers/fused_moe/experts/gpt_oss_triton_kernels_moe.py"
 
 _FOLDER_VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
 
@@ -28,7 +30,9 @@ _FOLDER_VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
 @cache
 def load(path: Path) -> ModuleType:
     """The module of vLLM's file at `path`. Raises what running the file raises."""
-    spec = spec_from_file_location("fp4bench_vllm_fused_moe", path)
+    parts = path.with_suffix("").parts
+    place = parts[len(parts) - 1 - parts[::-1].index("model_executor") :]  # what it imports may be relative to it
+    spec = spec_from_file_location(".".join(("vllm", *place)), path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -43,7 +47,8 @@ class _Named(type):
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _named(f"{cls.__name__}.{name}")
+        setattr(cls, name, _named(f"{cls.__name__}.{name}"))  # the same one each time: members of enumerations are compared
+        return getattr(cls, name)
 
     def __call__(cls, *_: Any, **__: Any) -> Any:
         raise RuntimeError(f"{cls.__name__} of vLLM is called, which fp4bench does not have")
@@ -57,7 +62,8 @@ class _Module(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _named(f"{self.__name__}.{name}")
+        setattr(self, name, _named(f"{self.__name__}.{name}"))
+        return getattr(self, name)
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -101,7 +107,8 @@ def _told() -> dict[str, dict[str, Any]]:
         "platforms": {"current_platform": SimpleNamespace(is_rocm=lambda: False, is_cuda=lambda: True)},
         "utils.platform_utils": {"get_device_name_as_file_name": lambda: torch.cuda.get_device_name().replace(" ", "_")},
         "utils.torch_utils": {"direct_register_custom_op": lambda *_, **__: None},
-        "model_executor.layers.fused_moe.utils": {"enable_swap_ab": _swaps},
+        "utils.import_utils": {"has_triton_kernels": lambda: find_spec("triton_kernels") is not None},
+        "model_executor.layers.fused_moe.utils": {"enable_swap_ab": _swaps, "_resize_cache": _resized},
     }
 
 
@@ -116,3 +123,8 @@ def _logger(name: str) -> logging.Logger:
 def _swaps(rows: int, columns: int) -> bool:
     """Hopper multiplies few rows with operands exchanged, so that weights fill the 64 rows of its instruction."""
     return torch.cuda.get_device_capability() == (9, 0) and rows < 64 <= columns
+
+
+def _resized(buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The beginning of a buffer, in another shape."""
+    return buffer.flatten()[: prod(shape)].view(*shape)
