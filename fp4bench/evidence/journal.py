@@ -12,6 +12,8 @@ from typing import Any
 
 from fp4bench.evidence.storage import sync_folder
 
+KEPT_DAYS = 30.0  # of a run that was cut off and never resumed
+
 
 class JournalError(OSError, ValueError):
     """A journal that cannot be written or read. One sentence: which file, what, what to do."""
@@ -138,6 +140,25 @@ def resumable(folder: Path, header: dict[str, Any]) -> Path | None:
         if _key_of_file(path) == wanted and not _held(path) and read(path)[1]:
             return path
     return None
+
+
+def forget_old(folder: Path, now: float, days: float = KEPT_DAYS) -> list[Path]:
+    """Remove journals that were last written so many days before `now` (Unix time), unless a living process holds them.
+
+    What they hold could be resumed on their commit alone, which is not where the work goes on by then.
+    """
+    old = [path for path in folder.glob("*.jsonl") if now - _written(path) > days * 86400 and not _held(path)]
+    for path in old:
+        with suppress(OSError):  # another run may have been first
+            path.unlink()
+    return old
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
 
 
 def _key(header: dict[str, Any]) -> dict[str, Any]:

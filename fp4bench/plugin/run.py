@@ -11,7 +11,7 @@ from typing import Any
 
 from fp4bench.cases import Case
 from fp4bench.evidence.baselines import Timing
-from fp4bench.evidence.journal import Journal
+from fp4bench.evidence.journal import Journal, forget_old
 from fp4bench.workers.measure import CheckCase, Conditions, ReadCanaries, TimeCase, TimedCase
 from fp4bench.workers.process import StartFailed, Worker, WorkerError
 
@@ -166,6 +166,7 @@ class Run:
     def _note(self, **entry: Any) -> None:
         if self._journal is None:
             self._journal = Journal.create(self.journal_folder, self.journal_header)
+            forget_old(self.journal_folder, time.time())
         self._journal.append({"at_s": self.seconds, **entry})
 
     def _take_over(self, entry: dict[str, Any]) -> None:

@@ -3,12 +3,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from full_disk import KINDS, run_on_a_full_disk
 
-from fp4bench.evidence.journal import Journal, JournalError, read, resumable
+from fp4bench.evidence.journal import KEPT_DAYS, Journal, JournalError, forget_old, read, resumable
 
 HEADER = {"key": {"machine": "NVIDIA-H200", "models": ["llama3.1-8b"]}, "version": "0.1.0"}
 ENTRIES = [{"record": {"case_id": f"case-{number}"}, "seconds": [1e-6, 2e-6]} for number in range(3)]
@@ -248,3 +249,16 @@ def test_a_half_line_that_could_not_be_cut_does_not_spoil_the_next(journal, monk
     assert read(journal.path)[1] == ENTRIES[:1]
     journal.append(ENTRIES[1])
     assert read(journal.path)[1] == ENTRIES[:2]
+
+
+def test_a_run_that_nobody_resumed_is_forgotten(tmp_path, journal):
+    folder = journal.path.parent
+    now = time.time()
+    old, new = cut_off(folder), cut_off(folder)
+    for path in (old, journal.path):  # the latter's run is alive
+        os.utime(path, (now - (KEPT_DAYS + 1) * 86400,) * 2)
+    os.utime(new, (now - (KEPT_DAYS - 1) * 86400,) * 2)
+    (folder / "notes.txt").touch()
+    assert forget_old(folder, now) == [old]
+    assert {path.name for path in folder.iterdir()} == {journal.path.name, new.name, "notes.txt"}
+    assert forget_old(folder / "nowhere", now) == []
