@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import stats
 
 from fp4bench.evidence.record import COMPARABLE
-from fp4bench.evidence.statistics import inverse_trigamma
+from fp4bench.evidence.statistics import Spread, fit_prior, holm_adjusted
 
 ALPHA = 0.05  # chance that any unchanged case of a comparison is called slower or faster
 FEWEST_PAIRS = 2  # with one there is no variance
@@ -114,7 +114,7 @@ def compare(pairs: Sequence[Pair], floor: float) -> dict[str, Comparison]:
     effect = np.array([ratio.mean() for ratio in ratios])
     variance, freedom = moderate(np.array([ratio.var(ddof=1) for ratio in ratios]), count - 1)
     error = np.sqrt(variance / count)
-    p = holm(2 * stats.t.sf(np.abs(effect) / error, freedom))
+    p = holm_adjusted(2 * stats.t.sf(np.abs(effect) / error, freedom))
     half = stats.t.ppf(0.975, freedom) * error
     found = {
         case_id: Comparison(
@@ -141,29 +141,19 @@ def gaps(pairs: Sequence[Pair]) -> dict[str, str]:
 def moderate(variances: Floats, freedom: Floats) -> tuple[Floats, Floats]:
     """Variances, and their degrees of freedom, that have learned from each other.
 
-    Empirical Bayes as in limma (Smyth 2004): the true variances are taken as scaled inverse chi-squared with d0 and s0^2 from
-    the moments of the observed log variances; the new variance is (d0 s0^2 + d s^2)/(d0 + d), with d0 + d degrees of freedom.
+    Empirical Bayes (`statistics.fit_prior`): the new variance is (d0 s0^2 + d s^2)/(d0 + d), with d0 + d degrees of freedom.
     A case whose variance this prior cannot explain (F test at 1 %) keeps its own, and fewer than ten cases all do.
     """
     # Equal timings in each pair are a coarse clock, not a measurement without error.
     variances = np.maximum(variances, max(1e-5 * float(np.median(variances)), 1e-16))
-    if len(variances) < _FEWEST_CASES:
+    prior = fit_prior(Spread(0.0, v, f, 1) for v, f in zip(variances.tolist(), freedom.tolist(), strict=True))
+    if len(variances) < _FEWEST_CASES or prior is None:
         return variances, freedom
-    logs = np.log(variances) - special.digamma(freedom / 2) + np.log(freedom / 2)
-    spread = float(logs.var(ddof=1) - special.polygamma(1, freedom / 2).mean())
-    # No more spread than chance gives: one variance for all, known as well as all pairs together know it.
-    prior_freedom = min(2 * inverse_trigamma(spread) if spread > 0 else math.inf, float(freedom.sum()))
-    prior = math.exp(logs.mean() + special.digamma(prior_freedom / 2) - math.log(prior_freedom / 2))
-    moderated = (prior_freedom * prior + freedom * variances) / (prior_freedom + freedom)
-    alone = variances / prior > stats.f.ppf(0.99, freedom, prior_freedom)
+    # At most one variance for all, known as well as all pairs together know it.
+    prior_freedom = min(prior.freedom, float(freedom.sum()))
+    moderated = (prior_freedom * prior.variance + freedom * variances) / (prior_freedom + freedom)
+    alone = variances / prior.variance > stats.f.ppf(0.99, freedom, prior_freedom)
     return np.where(alone, variances, moderated), np.where(alone, freedom, freedom + prior_freedom)
-
-
-def holm(p: Floats) -> Floats:
-    """Holm's adjusted p values, in the order of `p`."""
-    rising = np.argsort(p)
-    adjusted = np.maximum.accumulate(p[rising] * np.arange(len(p), 0, -1))
-    return np.minimum(adjusted[np.argsort(rising)], 1.0)
 
 
 def _decide(effect: float, half: float, p: float, floor: float) -> Outcome:

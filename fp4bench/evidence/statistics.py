@@ -154,12 +154,16 @@ def quantile(tail: float, freedom: ArrayLike) -> Floats:
 def holm(p_values: ArrayLike, alpha: float) -> NDArray[np.bool_]:
     """Which hypotheses Holm's step-down rejects: one or more false rejections with probability `alpha` at most, however the
     p-values depend on each other."""
+    return np.asarray(holm_adjusted(p_values) <= alpha)
+
+
+def holm_adjusted(p_values: ArrayLike) -> Floats:
+    """The least `alpha` at which `holm` rejects each hypothesis, at most 1."""
     p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p, kind="stable")
-    passes = p[order] <= alpha / np.arange(len(p), 0, -1)
-    rejected = np.zeros(len(p), dtype=bool)
-    rejected[order] = np.logical_and.accumulate(passes)
-    return rejected
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    return adjusted
 
 
 def threshold(error: ArrayLike, freedom: ArrayLike, tail: float, floor: ArrayLike) -> Floats:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from fp4bench.evidence.pairs import Outcome, Pair, Reading, Run, compare, gaps, holm, moderate, order, read
+from fp4bench.evidence.pairs import Outcome, Pair, Reading, Run, compare, gaps, moderate, order, read
 
 RECORD = {
     "case_id": "c",
@@ -164,12 +164,6 @@ def test_reading_a_stored_run():
 def test_what_is_no_run_is_refused(stored):
     with pytest.raises(ValueError, match="not a run that fp4bench stored"):
         read(stored)
-
-
-def test_holm_by_hand():
-    # 4 x .01, 3 x .02, 2 x .03, and .04 raised to what came before it.
-    assert holm(np.array([0.04, 0.01, 0.03, 0.02])) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-    assert holm(np.array([0.9, 0.8])) == pytest.approx([1.0, 1.0])
 
 
 def test_equal_variances_are_pooled():

@@ -12,6 +12,7 @@ from fp4bench.evidence.statistics import (
     detectable,
     fit_prior,
     holm,
+    holm_adjusted,
     moderate,
     on_card,
     quantile,
@@ -199,3 +200,9 @@ def test_more_runs_are_needed_for_smaller_effects():
 def test_a_change_and_its_logarithm():
     assert to_share(to_log(0.02)) == pytest.approx(0.02)
     assert to_share(-to_log(1.0)) == pytest.approx(-0.5)
+
+
+def test_holms_adjusted_values_by_hand():
+    # 4 x .01, 3 x .02, 2 x .03, and .04 raised to what came before it.
+    assert holm_adjusted(np.array([0.04, 0.01, 0.03, 0.02])) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm_adjusted(np.array([0.9, 0.8])) == pytest.approx([1.0, 1.0])
