@@ -1,4 +1,4 @@
-"""`fp4bench machine`: the key and identity of a device, what its driver says now, and which baselines there are."""
+"""`fp4bench machine`: the key and identity of a device, its driver's facts, who is fastest, which baselines there are."""
 
 import argparse
 import json
@@ -9,7 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fp4bench.evidence.baselines import stored_files
+from fp4bench.evidence.baselines import BaselineError, parse, read, stored_files
+from fp4bench.evidence.fastest import Fastest, fastest
+from fp4bench.evidence.results import ResultsError, join
 
 
 def add_parser(commands: Any) -> None:
@@ -32,7 +34,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def facts(device_name: str, folder: Path) -> dict[str, Any]:
-    """`identity` as a run stores it, `telemetry` now (None without, see `identity.nvml`), and `baselines`: files by machine."""
+    """What this machine is, does, and did.
+
+    identity: as a run stores it. telemetry: now (None without, see `identity.nvml`). fastest: by file, then by format and mode,
+    what its stored runs say of providers. baselines: files by machine.
+    """
     # torch takes seconds to import, and the other commands do without.
     from fp4bench.devices import find_device
     from fp4bench.timing.machine import machine_info
@@ -44,7 +50,25 @@ def facts(device_name: str, folder: Path) -> dict[str, Any]:
         now = None if telemetry.reason else asdict(telemetry.at_open)
     if now and now["processes"] is not None:
         now["processes"] = [process._asdict() for process in now["processes"]]
-    return {"identity": machine_info(device), "telemetry": now, "baselines": baselines(folder)}
+    identity = machine_info(device)
+    own = folder / identity["machine"]
+    return {"identity": identity, "telemetry": now, "fastest": measured(own), "baselines": baselines(folder)}
+
+
+def measured(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Who was fastest, by file: of the runs of kernels below a machine's folder, and of its newest accepted run.
+
+    A file that holds no run, or none of FP4 beside BF16, is left out.
+    """
+    found = {}
+    for path in (*sorted((folder / "kernels").glob("*.json")), *stored_files(folder)[-1:]):
+        try:
+            of_run = {each.answer: asdict(each) for each in fastest(join([parse(read(path), path)]).of("gemm", "moe"))}
+        except (BaselineError, ResultsError):
+            continue
+        if of_run:
+            found[str(path.relative_to(folder))] = of_run
+    return found
 
 
 def baselines(folder: Path) -> dict[str, list[str]]:
@@ -66,7 +90,20 @@ def lines(found: Mapping[str, Any], folder: Path) -> list[str]:
         "now",
         *told,
         "",
+        *_fastest_lines(found["fastest"]),
         *_baseline_lines(found["baselines"], identity["machine"], folder),
+    ]
+
+
+def _fastest_lines(by_file: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    return [
+        line
+        for name, by_answer in by_file.items()
+        for line in (
+            f"fastest in {name}",
+            *_aligned((answer, str(Fastest(**facts))) for answer, facts in by_answer.items()),
+            "",
+        )
     ]
 
 

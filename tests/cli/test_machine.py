@@ -7,6 +7,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from products import product, run_of
+from recorded import write
 
 from fp4bench import devices
 from fp4bench.cli import machine
@@ -127,3 +129,27 @@ def test_a_gpu_as_json(an_h200, folder, capsys):
 def test_a_device_that_is_unknown_is_refused():
     with pytest.raises(ValueError, match="unknown device 'tpu'"):
         command("--device", "tpu")
+
+
+def test_who_was_fastest_is_what_stored_runs_say(an_h200, folder, capsys):
+    own = folder / "NVIDIA-H200" / "kernels"
+    bf16 = [product("torch", "bf16", m, 8) for m in (1, 4, 16)]
+    example = [product("example", "w4a16", m, us) for m, us in ((1, 2), (4, 4), (16, 3))]
+    other = [product("other", "w4a16", m, us) for m, us in ((1, 3), (16, 1), (64, 1))]  # the last is not beside BF16
+    write(own / "a.json", run_of(*bf16, *example, *other, product("other", "w4a8", 1, 4)))
+    write(own / "b.json", run_of(*bf16, *(product("example", "w4a16", m, 2 * m) for m in (1, 16))))
+    write(own / "c.json", run_of(*bf16))
+    (own / "notes.json").write_text("{}", encoding="utf-8")
+    assert command("--folder", folder, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["fastest"]
+    assert {name: list(answers) for name, answers in found.items()} == {
+        "kernels/a.json": ["mxfp4 w4a16", "mxfp4 w4a8"],
+        "kernels/b.json": ["mxfp4 w4a16"],
+    }
+    first = found["kernels/a.json"]["mxfp4 w4a16"]
+    assert (first["provider"], first["cells"], first["of"], first["m_least"], first["m_most"]) == ("example", 2, 3, 1, 4)
+    assert (first["least"], first["most"]) == pytest.approx((2, 4))
+    assert command("--folder", folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("fastest in kernels/b.json")
+    assert lines[at + 1] == "  mxfp4 w4a16  example 1.0, 0.25x to 4.00x BF16 in 2 of 2 layers and batch sizes (m = 1 to 16)"
