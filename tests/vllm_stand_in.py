@@ -81,6 +81,19 @@ MOE = (
     "int moe_block_size, int top_k, bool mul_topk_weights, int b_type_id, int size_m, int size_n, int size_k, "
     "bool is_full_k, bool use_atomic_add, bool use_fp32_reduce, bool is_zp_float, int thread_k, int thread_n, "
     "int blocks_per_sm) -> Tensor",
+    "shuffle_rows(Tensor input_tensor, Tensor dst2src_map, Tensor! output_tensor) -> ()",
+)
+CUTLASS_MOE = (
+    "get_cutlass_moe_mm_data(Tensor topk_ids, Tensor! expert_offsets, Tensor! problem_sizes1, Tensor! problem_sizes2, "
+    "Tensor! input_permutation, Tensor! output_permutation, int num_experts, int n, int k, Tensor? blockscale_offsets, "
+    "bool is_gated) -> ()",
+    "cutlass_fp4_group_mm(Tensor! out, Tensor a, Tensor b, Tensor a_blockscale, Tensor b_blockscales, Tensor alphas, "
+    "Tensor problem_sizes, Tensor expert_offsets, Tensor sf_offsets) -> ()",
+    *(
+        f"{name}(Tensor! output, Tensor! output_scale, Tensor input, Tensor input_global_scale, "
+        "Tensor input_offset_by_experts, Tensor output_scale_offset_by_experts) -> ()"
+        for name in ("scaled_fp4_experts_quant", "silu_and_mul_scaled_fp4_experts_quant")
+    ),
 )
 
 _count = 0

@@ -15,8 +15,9 @@ import torch
 
 from fp4bench.devices import Device
 from fp4bench.formats import NVFP4, ScaleRule, layouts
-from fp4bench.problems import Accumulation, GemmProblem, Problem
+from fp4bench.problems import Accumulation, GemmProblem, MoeProblem, Problem
 from fp4bench.providers import Runner, vllm_ops
+from fp4bench.providers.vllm_cutlass_moe import prepare_moe, why_not_moe
 from fp4bench.quantize import Quantized, quantize
 
 _SUPPORTS, _MULTIPLY, _QUANTIZE = "cutlass_scaled_mm_supports_fp4", "cutlass_scaled_fp4_mm", "scaled_fp4_quant"
@@ -26,17 +27,20 @@ class VllmCutlassProvider:
     """NVFP4 (TWO_LEVEL) by `torch.ops._C.cutlass_scaled_fp4_mm`; it does not rotate."""
 
     name = "vllm_cutlass"
-    ops = ("gemm",)
+    ops = ("gemm", "moe")
     modes = ("w4a4", "w4a4_noquant")
+    moe_modes = ("w4a4",)
     rules: Mapping[str, tuple[ScaleRule, ...]] = {NVFP4.name: (ScaleRule.TWO_LEVEL,)}
 
     def __init__(self) -> None:
         self.version = vllm_ops.MAIN.version()
 
     def why_not(self, problem: Problem, device: Device) -> str | None:
-        assert isinstance(problem, GemmProblem)
         if device.capability is None or device.capability < (10, 0):
             return f"vLLM's CUTLASS FP4 needs Blackwell (compute capability 10.0 or later), which {device.name} is not"
+        if isinstance(problem, MoeProblem):
+            return why_not_moe(problem, device.capability)
+        assert isinstance(problem, GemmProblem)
         if problem.hadamard:
             return "vLLM's CUTLASS FP4 has no rotation"
         if problem.n % 32 or problem.k % 32:
@@ -48,11 +52,13 @@ class VllmCutlassProvider:
             return f"this vLLM says that its FP4 kernels do not run on compute capability {major}.{minor}"
         return None
 
-    def accumulation(self, problem: GemmProblem, device: Device) -> Accumulation | None:
+    def accumulation(self, problem: GemmProblem | MoeProblem, device: Device) -> Accumulation | None:
         """Its quantizer divides by an approximate reciprocal, so that some scales are the neighbours of the right ones."""
         return Accumulation(bits=9, terms=problem.k) if problem.mode.quantizes else None
 
     def prepare(self, problem: Any, inputs: Any) -> Runner:
+        if isinstance(problem, MoeProblem):
+            return prepare_moe(problem, inputs)
         x, w = (quantize(operand, NVFP4) for operand in (inputs.x, inputs.w))
         multiply = _multiplier(problem, x, w)
         if not problem.mode.quantizes:

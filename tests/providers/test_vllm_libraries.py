@@ -4,11 +4,18 @@ Needs a GPU's driver, which the libraries are linked to, and not the GPU that a 
 """
 
 import pytest
-from vllm_stand_in import CUTLASS, MARLIN, MOE, MOE_STEPS, QUTLASS, parsed, same
+from vllm_stand_in import CUTLASS, CUTLASS_MOE, MARLIN, MOE, MOE_STEPS, QUTLASS, parsed, same
 
 from fp4bench.providers import vllm_ops
 
-_FAMILIES = [("MAIN", MARLIN), ("MAIN", CUTLASS), ("MAIN", MOE_STEPS), ("MOE", MOE), ("QUTLASS", QUTLASS)]
+_FAMILIES = [
+    ("MAIN", MARLIN),
+    ("MAIN", CUTLASS),
+    ("MAIN", MOE_STEPS),
+    ("MAIN", CUTLASS_MOE),
+    ("MOE", MOE),
+    ("QUTLASS", QUTLASS),
+]
 
 # The version whose schemas a version of vLLM has, as far as it is known.
 _OF = {"0.20": "0.26.0", "0.26": "0.26.0", "0.33": "0.33.0"}

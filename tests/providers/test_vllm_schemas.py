@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from vllm_stand_in import CUTLASS, MARLIN, MOE, MOE_STEPS, QUTLASS, parsed, same
+from vllm_stand_in import CUTLASS, CUTLASS_MOE, MARLIN, MOE, MOE_STEPS, QUTLASS, parsed, same
 
 RECORD = Path(__file__).parent / "vllm-0.26.0-schemas.txt"
 
@@ -13,7 +13,7 @@ def recorded():
     return {line.partition("(")[0]: line.partition("::")[2] for line in lines}
 
 
-FAMILIES = (("_C", (*MARLIN["0.26.0"], *CUTLASS, *MOE_STEPS)), ("_moe_C", MOE), ("_qutlass_C", QUTLASS["0.26.0"]))
+FAMILIES = (("_C", (*MARLIN["0.26.0"], *CUTLASS, *CUTLASS_MOE, *MOE_STEPS)), ("_moe_C", MOE), ("_qutlass_C", QUTLASS["0.26.0"]))
 SCHEMAS = [(space, schema) for space, schemas in FAMILIES for schema in schemas]
 
 

@@ -1,0 +1,220 @@
+"""MoE layers of two NVFP4 operands by CUTLASS: the part of the provider `vllm_cutlass`, as vLLM 0.26.0's `run_cutlass_moe_fp4`.
+
+Rows are brought into the order of their experts, quantized, multiplied by each expert's weights, gated and quantized in one
+kernel, multiplied again, and brought back. Encode scales of both activations are known beforehand, as vLLM serves them: of x
+its own, of what lies between the products that of these inputs, which float32 products find once. vLLM allocates scales for
+163,840 tokens an expert on each call (560 MiB for 8 experts a token and k = 7168); here they are as many as there can be.
+
+Not run on a GPU so far: the calls are compared with the schemas of the libraries.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fp4bench.formats import NVFP4, layouts
+from fp4bench.problems import ExpertWeights, MoeInputs, MoeProblem
+from fp4bench.providers import Phased, Runner, vllm_moe, vllm_ops
+from fp4bench.quantize import decode, quantize
+
+_DATA, _MULTIPLY, _QUANTIZE = "get_cutlass_moe_mm_data", "cutlass_fp4_group_mm", "scaled_fp4_experts_quant"
+_SILU, _SHUFFLE = "silu_and_mul_scaled_fp4_experts_quant", "shuffle_rows"
+_TILE = 128  # rows of a tile of scales, to which each expert's are padded
+_LARGEST = 448.0 * 6.0  # block scale times code: what a tensor's largest value becomes
+
+
+def why_not_moe(problem: MoeProblem, capability: tuple[int, int]) -> str | None:
+    """What keeps `prepare_moe` from a problem, or None."""
+    if problem.bias:
+        return "vLLM's NVFP4 experts by CUTLASS have no bias"
+    if problem.hidden % 32 or problem.intermediate % 32:
+        sizes = f"{problem.hidden} and {problem.intermediate}"
+        return f"vLLM's CUTLASS FP4 takes experts with sizes that are multiples of 32, not {sizes}"
+    gates = _SILU if problem.activation.limit is None else vllm_moe.gate_operator(problem.activation)
+    return vllm_ops.MAIN.why_not(capability, _DATA, _MULTIPLY, _QUANTIZE, gates) or vllm_ops.MOE.why_not(capability, _SHUFFLE)
+
+
+def prepare_moe(problem: MoeProblem, inputs: MoeInputs) -> Runner:
+    """Copies of the inputs share the weights; each has encode scales of its own."""
+    x, pairs, device = inputs.x, problem.m * problem.topk, inputs.x.device
+    if not pairs:
+        return lambda: torch.empty_like(x)
+    first, second = inputs.weights.keep("vllm_cutlass", lambda: _layer(problem, inputs.weights))
+    order = _Order.of(problem, device)
+    rows, sums = x.new_empty(pairs, problem.hidden), x.new_empty(pairs, 2 * problem.intermediate)
+    parts, back = x.new_empty(pairs, problem.hidden), x.new_empty(pairs, problem.hidden)
+    out = torch.empty_like(x)
+    x_scale = _encode_scale(x)
+    between_scale = _encode_scale(_between(problem, inputs))
+    x_operand = _Operand.empty(pairs, problem.hidden, problem.experts, x_scale, device)
+    between = _Operand.empty(pairs, problem.intermediate, problem.experts, between_scale, device)
+
+    if problem.activation.limit is None:
+        activate = between.quantizer(_SILU, sums, order)
+    else:
+        hidden = x.new_empty(pairs, problem.intermediate)
+        gate, quantize_hidden = vllm_moe.gate(sums, hidden, problem.activation), between.quantizer(_QUANTIZE, hidden, order)
+
+        def activate() -> None:
+            gate(), quantize_hidden()
+
+    bring_back = _shuffler(parts, order.back, back)
+
+    def combine() -> torch.Tensor:
+        bring_back()
+        weighted = back.view(problem.m, problem.topk, -1) * inputs.topk_weights[..., None].to(x.dtype)
+        return out.copy_(weighted.sum(dim=1))
+
+    return Phased(
+        {
+            "route": order.filler(problem, inputs.topk_ids),
+            "gather": _shuffler(x, order.there, rows),
+            "quantize": x_operand.quantizer(_QUANTIZE, rows, order),
+            "gemm1": first.product(x_operand, sums, order.first_sizes, order),
+            "activation": activate,
+            "gemm2": second.product(between, parts, order.second_sizes, order),
+            "combine": combine,
+        }
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Order:
+    """Where rows go, int32. there: the token of each row in the order of experts; back: the row of each pair (pairs).
+
+    offsets, scale_offsets: the first row of each expert, and of its scales, which are padded to tiles (experts + 1).
+    first_sizes, second_sizes: m, n, k of each expert's products (experts, 3).
+    """
+
+    there: torch.Tensor
+    back: torch.Tensor
+    offsets: torch.Tensor
+    scale_offsets: torch.Tensor
+    first_sizes: torch.Tensor
+    second_sizes: torch.Tensor
+
+    @classmethod
+    def of(cls, problem: MoeProblem, device: torch.device) -> "_Order":
+        pairs, experts = problem.m * problem.topk, problem.experts
+        shapes = ((pairs,), (pairs,), (experts + 1,), (experts + 1,), (experts, 3), (experts, 3))
+        return cls(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes))
+
+    def filler(self, problem: MoeProblem, topk_ids: torch.Tensor) -> Runner:
+        operator = vllm_ops.MAIN.operator(_DATA)
+        given = {
+            "topk_ids": topk_ids,
+            "expert_offsets": self.offsets,
+            "problem_sizes1": self.first_sizes,
+            "problem_sizes2": self.second_sizes,
+            "input_permutation": self.there,
+            "output_permutation": self.back,
+            "num_experts": problem.experts,
+            "n": problem.intermediate,
+            "k": problem.hidden,
+            "blockscale_offsets": self.scale_offsets,
+        }
+        arguments = vllm_ops.arguments(operator, given, {"is_gated": True})
+        return lambda: operator(*arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class _Operand:
+    """Quantized activations. codes: uint8 (pairs, k / 2). scales: int32 of four E4M3 each (rows in tiles, k / 64 in tiles).
+
+    encode_scale: float32 (experts), the same for all.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    encode_scale: torch.Tensor
+
+    @classmethod
+    def empty(cls, pairs: int, k: int, experts: int, encode_scale: torch.Tensor, device: torch.device) -> "_Operand":
+        rows = -(-pairs // _TILE) * _TILE + min(pairs, experts) * _TILE
+        codes = torch.empty(pairs, k // 2, dtype=torch.uint8, device=device)
+        scales = torch.zeros(rows, -(-k // NVFP4.block_size // 4), dtype=torch.int32, device=device)
+        return cls(codes, scales, encode_scale.reshape(1).repeat(experts))
+
+    def quantizer(self, name: str, rows: torch.Tensor, order: _Order) -> Runner:
+        operator = vllm_ops.MAIN.operator(name)
+        given = {
+            "output": self.codes,
+            "output_scale": self.scales,
+            "input": rows,
+            "input_global_scale": self.encode_scale,
+            "input_offset_by_experts": order.offsets,
+            "output_scale_offset_by_experts": order.scale_offsets,
+        }
+        arguments = vllm_ops.arguments(operator, given, {})
+        return lambda: operator(*arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class _Experts:
+    """codes: uint8 (experts, n, k / 2). scales: E4M3, blocked (experts, n in tiles, k / 16 in tiles), and float32 (experts)."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    encode_scales: torch.Tensor
+
+    def product(self, x: _Operand, out: torch.Tensor, sizes: torch.Tensor, order: _Order) -> Runner:
+        operator = vllm_ops.MAIN.operator(_MULTIPLY)
+        given = {
+            "out": out,
+            "a": x.codes,
+            "b": self.codes,
+            "a_blockscale": x.scales.view(torch.float8_e4m3fn),
+            "b_blockscales": self.scales,
+            "alphas": (1.0 / (x.encode_scale.double() * self.encode_scales.double())).float(),
+            "problem_sizes": sizes,
+            "expert_offsets": order.offsets[:-1],
+            "sf_offsets": order.scale_offsets[:-1],
+        }
+        arguments = vllm_ops.arguments(operator, given, {})
+        return lambda: operator(*arguments)
+
+
+def _layer(problem: MoeProblem, weights: ExpertWeights) -> tuple[_Experts, _Experts]:
+    return _quantized(weights.all_w13()), _quantized(weights.all_w2())
+
+
+def _quantized(weights: Iterator[torch.Tensor]) -> _Experts:
+    """One expert's bfloat16 weights are there at a time."""
+    codes, scales, encode_scales = [], [], []
+    for w in weights:
+        q = quantize(w, NVFP4)
+        assert q.tensor_scale is not None
+        codes.append(q.codes)
+        shape = layouts.padded_shape(*q.scales.shape)
+        scales.append(layouts.to_blocked(q.scales).view(torch.uint8).reshape(shape))
+        encode_scales.append(q.tensor_scale)
+    return _Experts(torch.stack(codes), torch.stack(scales).view(torch.float8_e4m3fn), torch.stack(encode_scales))
+
+
+def _encode_scale(values: torch.Tensor) -> torch.Tensor:
+    """That of NVFP4 for these values. -> float32 ()."""
+    amax = values.abs().amax().float()
+    return torch.where(amax > 0, torch.full_like(amax, _LARGEST) / amax, 1.0)
+
+
+def _between(problem: MoeProblem, inputs: MoeInputs) -> torch.Tensor:
+    """What lies between the products, by float32 products of quantized operands, (pairs, intermediate)."""
+    x, w, ids = decode(quantize(inputs.x, NVFP4)), inputs.weights, inputs.topk_ids.flatten()
+    between = x.new_empty(len(ids), problem.intermediate)
+    for expert in ids.unique().tolist():
+        at = (ids == expert).nonzero()[:, 0]
+        gate, up = (x[at // problem.topk] @ decode(quantize(w.w13(expert), NVFP4)).T).chunk(2, dim=-1)
+        if (limit := problem.activation.limit) is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
+        between[at] = gate * torch.sigmoid(problem.activation.alpha * gate) * up
+    return between
+
+
+def _shuffler(source: torch.Tensor, rows: torch.Tensor, target: torch.Tensor) -> Runner:
+    """What copies the given rows of `source` to `target`, in their order."""
+    operator = vllm_ops.MOE.operator(_SHUFFLE)
+    given: dict[str, Any] = {"input_tensor": source, "dst2src_map": rows, "output_tensor": target}
+    arguments = vllm_ops.arguments(operator, given, {})
+    return lambda: operator(*arguments)
