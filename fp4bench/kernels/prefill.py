@@ -140,7 +140,10 @@ class Schedule:
         if not config.streamed:
             return cls(min(ctas, tiles), 0, tiles, steps, n_tiles, m_tiles)
         if tiles >= ctas:
-            return cls(ctas, tiles % ctas, tiles, steps, n_tiles, m_tiles)
+            shared = tiles % ctas
+            if shared * steps < _FEWEST_STEPS * ctas:  # not worth cutting; and a share of no step has no sum to collect
+                shared = 0
+            return cls(ctas, shared, tiles, steps, n_tiles, m_tiles)
         ctas = max(tiles, min(ctas, tiles * steps // _FEWEST_STEPS))
         return cls(ctas, tiles if ctas > tiles else 0, tiles, steps, n_tiles, m_tiles)
 

@@ -30,7 +30,21 @@ def test_tiles_are_cut_into_shares_for_all_or_dealt_out_evenly(m, n, k, streamed
     # Tiles in shares are cut evenly; the others are dealt out whole, the same number to each.
     whole = schedule.tiles - schedule.shared
     assert 0 <= schedule.shared <= schedule.tiles
-    assert not streamed or whole % schedule.ctas == 0 or schedule.ctas == schedule.tiles
+    assert not streamed or whole % schedule.ctas == 0 or schedule.ctas == schedule.tiles or not schedule.shared
+
+
+@pytest.mark.parametrize("ctas", [1, 2, 3])
+@pytest.mark.parametrize("k", [64, 512, 5120])
+def test_no_share_of_the_cut_tiles_is_empty(k, ctas):
+    """8 tiles of 20 steps for 396 CTAs left some without a step, and tiles without all their sums: garbage, on an H200."""
+    config = PrefillConfig(rows=64, columns=8, depth=256, warpgroups=1, ctas=ctas)
+    for n in range(64, 80000, 1472):
+        schedule = Schedule.of(1, n // 16, k // 64, config, 132)
+        assert (
+            not schedule.shared
+            or schedule.shared * schedule.steps >= prefill._FEWEST_STEPS * schedule.ctas
+            or schedule.ctas == schedule.tiles
+        )
 
 
 @pytest.mark.parametrize(
