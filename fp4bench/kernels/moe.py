@@ -137,7 +137,7 @@ def workspace(
         torch.empty(pairs, dtype=torch.int32, device=device),
         torch.empty(most, routing.BLOCK_FIELDS, dtype=torch.int32, device=device),
         torch.zeros(pairs, between, dtype=dtype, device=device),
-        torch.empty(pairs, layer.hidden, dtype=dtype if wide else torch.float32, device=device),
+        torch.empty(pairs, layer.hidden, dtype=torch.float32 if config.block == 8 else dtype, device=device),
         torch.empty(pairs, k, dtype=torch.float8_e4m3fn if fp8 else dtype, device=device) if wide else None,
         torch.empty(pairs, dtype=torch.float32, device=device) if fp8 else None,
         _empty_rows(m, layer.hidden, device) if fp8 else None,
