@@ -118,14 +118,17 @@ def test_tables_of_spread_are_those_of_the_accepted_runs(machine):
 
 
 def stale_kernel_tables(text):
-    """What follows `fp4bench report --kernels` in each `<!-- kernels ... -->` of a text that does not show what that prints."""
-    marked = re.findall(r"<!-- kernels (.+?) -->\n(.*?)<!-- end -->", text, flags=re.DOTALL)
-    assert len(marked) == text.count("<!-- kernels "), "a marker without its <!-- end -->"
-    return [words for words, shown in marked if shown.strip().splitlines() != kernel_table(words)]
+    """What follows `fp4bench report --kernels` in each `<!-- kernels ... -->` of a text that does not show what that prints.
+
+    Likewise `--compare` in each `<!-- compare ... -->`.
+    """
+    marked = re.findall(r"<!-- (kernels|compare) (.+?) -->\n(.*?)<!-- end -->", text, flags=re.DOTALL)
+    assert len(marked) == len(re.findall("<!-- (?:kernels|compare) ", text)), "a marker without its <!-- end -->"
+    return [words for report, words, shown in marked if shown.strip().splitlines() != kernel_table(words, report)]
 
 
-def kernel_table(words):
-    asked = cli.parser().parse_args(["report", "--kernels", *shlex.split(words)])
+def kernel_table(words, report="kernels"):
+    asked = cli.parser().parse_args(["report", f"--{report}", *shlex.split(words)])
     return cli_report.lines(asked)
 
 
@@ -144,6 +147,10 @@ def test_a_stale_table_of_kernels_is_found(tmp_path, monkeypatch):
     assert stale_kernel_tables(text.replace("4.00x", "4.10x")) == ["0001_a.json --modes w4a16"]
     with pytest.raises(AssertionError, match="without its"):
         stale_kernel_tables(text.replace("<!-- end -->", ""))
+    compared = "\n".join(kernel_table("0001_a.json", "compare"))
+    text += f"<!-- compare 0001_a.json -->\n{compared}\n<!-- end -->\n"
+    assert stale_kernel_tables(text) == []
+    assert stale_kernel_tables(text.replace("* 10.00", "* 10.10")) == ["0001_a.json"]
 
 
 def test_the_two_set_up_commands_come_first():
