@@ -133,15 +133,11 @@ NARROW = [
 WIDE = [
     moe.default_config(40, 1, 1, 128),
     moe.default_config(1000, 1, 1, 128),
-    wide(32, rows=64, warpgroups=1, ctas=2),
-    wide(16),
-    wide(128),
-    wide(64, depth=128),
+    wide(32, depth=128, rows=256),
 ]
 FP8 = [
     moe.default_config(40, 1, 1, 128, fp8=True),
     moe.default_config(1000, 1, 1, 128, fp8=True),
-    wide(32, 128),
 ]
 
 # Sizes that divide by everything, and that do not: hidden by 8 and 64, intermediate by 8, 16 and 64.
