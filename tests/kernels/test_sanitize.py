@@ -1,0 +1,67 @@
+"""What compute-sanitizer is shown can run; and where it and a GPU are there, it sees nothing but what was planted."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fp4bench.devices import Device
+from fp4bench.kernels import decode, gemm, prefill
+from fp4bench.kernels.decode import DecodeConfig
+
+SCRIPT = Path(__file__).with_name("sanitize.py")
+SHOWN = runpy.run_path(str(SCRIPT))
+H200 = Device("cpu", "NVIDIA H200", (9, 0), 132, 60 << 20)
+OPERANDS = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
+
+
+@pytest.mark.parametrize(
+    "product", SHOWN["DECODES"] + SHOWN["PREFILLS"], ids=lambda p: f"{p.mode}-{p.format}-{p.m}-{p.n}-{p.k}"
+)
+def test_each_product_is_one_that_its_launch_computes(product):
+    weight = product.weight(H200)
+    assert weight.rest is None  # a weight in parts has a launch of its own
+    if isinstance(product.launch, DecodeConfig):
+        assert decode.fits(product.m, weight)
+    else:
+        operand = OPERANDS[gemm.operand_of(product.mode, product.format, product.m, H200)]
+        assert prefill.why_not(product.m, weight, operand, product.launch) is None
+        prefill.workspace_bytes(product.m, weight, operand, product.launch, H200.sm_count)
+
+
+def test_without_its_own_allocations_the_script_refuses():
+    environment = {name: value for name, value in os.environ.items() if name != SHOWN["CACHING"]}
+    done = subprocess.run([sys.executable, SCRIPT, "decode"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "reads beyond one are not seen" in done.stderr
+
+
+def sanitized(*arguments, tool="memcheck"):
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        pytest.skip("needs compute-sanitizer of the CUDA toolkit")
+    command = [sanitizer, "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "9"]
+    environment = os.environ | {SHOWN["CACHING"]: "1"}
+    return subprocess.run([*command, sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.gpu
+def test_a_planted_read_out_of_bounds_is_seen():
+    done = sanitized("--planted")
+    assert done.returncode != 0
+    assert "Invalid __global__ read" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", ["decode", "prefill", "quantize"])
+def test_nothing_is_read_out_of_bounds(part):
+    done = sanitized(part)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "ERROR SUMMARY: 0 errors" in done.stdout
