@@ -186,7 +186,8 @@ class Gate:
         return [*lines, f"This says nothing about the kernels. Repeat the run; if the change is here to stay: {accept}"]
 
     def _stored(self) -> str | None:
-        return self._suite.short(self._suite.stored) if self._suite.stored else None
+        path = self._suite.storing.path
+        return self._suite.short(path) if path else None
 
     def _how_to_accept(self) -> str:
         machine = self._suite.machine_info["machine"]

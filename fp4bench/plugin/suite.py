@@ -1,14 +1,14 @@
 """One pytest session: which cases, timed by whom, compared with what, stored where.
 
 What it knows of pytest-benchmark's insides (5.3): `benchmark._mode`, `benchmark._make_stats`, `benchmark.has_error`,
-`config._benchmarksession` with `benchmarks`, `disabled`, `skip`, `save`, `autosave`, `quiet`, `save_json` and `storage.save`.
+`config._benchmarksession` with `benchmarks`, `disabled`, `skip`, `save`, `autosave`, `quiet`, and what storing.py knows of it.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import pytest
 
 from fp4bench.plugin import options
 from fp4bench.plugin.progress import Progress
+from fp4bench.plugin.storing import Storing
 from fp4bench.plugin.tally import Tally, case_of
 
 if TYPE_CHECKING:
@@ -41,12 +42,11 @@ class Suite:
         self.tally = Tally()
         self.item_of: dict[str, pytest.Item] = {}  # of the selected cases
         self.notes: list[str] = []
-        self.stored: Path | None = None
         self.invalid: list[str] = []  # why this run says nothing, whatever it is compared with
         self.broken: ValueError | None = None
         self._started = time.monotonic()
         self._concluded = False
-        self._wrote = True  # all that was to be written
+        self.storing = Storing(self)
 
     # Options
 
@@ -295,18 +295,16 @@ class Suite:
         try:
             if self.tally.timed:
                 self._look_at_the_machine()
-                self._derive()
+                self.storing.derive(self.benchmarks)
             if self.gate:
                 self.gate.judge()
         except OSError as error:
-            self._not_written(str(error))
+            self.storing.failed(str(error))
             return
         self._concluded = True
         benchmarks = self.benchmarks
         if self.tally.timed:
-            benchmarks.save = benchmarks.save or benchmarks.autosave or "run"
-            benchmarks.storage.save = self._store
-            benchmarks.save_json = self._writing_json(benchmarks.save_json)
+            self.storing.take_over(benchmarks)
         if self.gate and self.gate.baseline and not (benchmarks.verbose or benchmarks.histogram):
             # Our summary says what changed; pytest-benchmark's table would hide it.
             benchmarks.quiet = True
@@ -329,46 +327,10 @@ class Suite:
         if self.invalid and not self.gate:
             self.notes += [f"this run is INVALID, and cannot be accepted: {reason}" for reason in self.invalid]
 
-    def _derive(self) -> None:
-        """Fill what follows from the whole run: ratios to BF16 and to the ceilings."""
-        from fp4bench.evidence.record import add_roofline, add_speedups
-        from fp4bench.plugin.run import timing
-
-        medians = {case_id: timing(self.run.timed[case_id]).median for case_id in self.tally.timed}
-        records = [bench.extra_info for bench in self.benchmarks.benchmarks if bench.extra_info.get("case_id") in medians]
-        add_speedups(records, medians)
-        add_roofline(records, medians, self.run.ceilings())
-
     @property
     def benchmarks(self) -> Any:
         """pytest-benchmark's session."""
         return self.config._benchmarksession  # type: ignore[attr-defined]
-
-    def _store(self, output: dict[str, Any], name: str) -> None:
-        """In the place of pytest-benchmark's storage, which numbers files without regard to others and writes in place."""
-        from fp4bench.evidence.storage import store
-
-        try:
-            self.stored = store(output, self.runs, name, samples=bool(self.config.option.benchmark_save_data))
-        except OSError as error:
-            self._not_written(f"the run was not stored: {error}; nothing is lost, --resume takes it up and stores it")
-        else:
-            self.run.stored()
-
-    def _writing_json(self, save_json: Callable[[Any], None]) -> Callable[[Any], None]:
-        """pytest-benchmark's --benchmark-json, which comes before storing, and must not keep from that."""
-
-        def save(output: Any) -> None:
-            try:
-                save_json(output)
-            except OSError as error:
-                self._not_written(f"--benchmark-json was not written: {error}")
-
-        return save
-
-    def _not_written(self, note: str) -> None:
-        self._wrote = False
-        self.notes.append(note)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -376,10 +338,10 @@ class Suite:
             try:
                 self.gate.write(self.config.option.verdicts)
             except OSError as error:
-                self._not_written(str(error))
+                self.storing.failed(str(error))
         if session.exitstatus != pytest.ExitCode.OK:
             return
-        if not self._wrote:
+        if not self.storing.wrote_all:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         elif self.gate and self.gate.invalid and self.config.option.gate != "off":
             session.exitstatus = INVALID_RUN
@@ -388,8 +350,8 @@ class Suite:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.gate:
             self.gate.summary(terminalreporter)
-        if self.stored:
-            terminalreporter.write_line(f"fp4bench: stored as {self.short(self.stored)}")
+        if self.storing.path:
+            terminalreporter.write_line(f"fp4bench: stored as {self.short(self.storing.path)}")
         for note in self.notes:
             terminalreporter.write_line(f"fp4bench: {note}")
 
@@ -405,37 +367,12 @@ class Suite:
         return self.machine_info
 
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
-        output_json["fp4bench"] = self.info()
+        output_json["fp4bench"] = self.storing.info(complete=self._concluded and self.tally.complete)
 
     @property
     def own_floors(self) -> dict[str, float]:
         """Of the timed cases that have one."""
         return options.own_floors(self.floors, {case_id: item for case_id, (item, _) in self.tally.timed.items()})
-
-    def info(self) -> dict[str, Any]:
-        """What a stored run says of itself, beside its cases."""
-        from datetime import datetime, timezone
-
-        from fp4bench import __version__
-        from fp4bench.evidence.record import FORMAT
-        from fp4bench.timing.machine import session
-
-        return {
-            "format": FORMAT,
-            "version": __version__,
-            "session": session(self.machine_info, datetime.now(timezone.utc)),
-            "complete": self._concluded and self.tally.complete,
-            "failed": self.tally.failed,
-            "left_out": len(self.tally.left_out),
-            "invalid": self.invalid,
-            "options": self.asked,
-            "floors": self.own_floors,
-            "no_stamps": self.run.conditions[0]["no_stamps"] if self.run.conditions else None,
-            "ceilings": self.run.ceilings(),
-            "canaries": self.run.canaries(),
-            "wall_s": round(self.run.seconds, 1),
-            "accepted": None,
-        }
 
 
 def _is_for(item: pytest.Item, op: str) -> bool:
