@@ -22,7 +22,7 @@ _BESIDE = {
     "throughput": ("plots", "csv", *_CHOICE),
     "frontier": ("json", *_CHOICE),
     "kernels": ("provider", *_CHOICE),
-    "compare": _CHOICE,
+    "compare": ("phases", *_CHOICE),
 }
 
 
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
         ("--side-by-side", "what this gate and the rules of other tools flag and miss in stored runs"),
         ("--throughput", "TFLOP/s of each provider over batch sizes, for each format, layer and Hadamard size"),
         ("--frontier", "the fastest right provider of each layer and batch size, and its lead"),
-        ("--compare", "times of all providers over batch sizes, with and without a CUDA graph, the fastest marked; phases"),
+        ("--compare", "times of all providers over batch sizes, with and without a CUDA graph, the fastest marked"),
         ("--kernels", "one provider beside BF16, the measured roof and the best of the others"),
     ):
         what.add_argument(name, type=Path, nargs="+", metavar="RUN.json", help=help_)
@@ -77,6 +77,7 @@ def _add_providers(parser: argparse.ArgumentParser) -> None:
     beside.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes (all)")
     beside.add_argument("--batch-sizes", nargs="+", type=count, metavar="M", help="only these batch sizes (all)")
     beside.add_argument("--provider", metavar="NAME", help="--kernels: whose kernels (triton)")
+    beside.add_argument("--phases", action="store_true", help="--compare: what each part of a MoE layer takes too")
     beside.add_argument("--csv", type=Path, metavar="FILE", help="--throughput: a new file for every result")
     beside.add_argument(
         "--plots", type=Path, metavar="FOLDER", help="--throughput: draw bench_<format>_res_n<N>_k<K>.png there (matplotlib)"
@@ -154,7 +155,7 @@ def _kernels(args: argparse.Namespace) -> list[str]:
 
 
 def _compare(args: argparse.Namespace) -> list[str]:
-    return comparison.lines(_joined(args, args.compare))
+    return comparison.lines(_joined(args, args.compare), phases=args.phases)
 
 
 def _joined(args: argparse.Namespace, paths: Sequence[Path]) -> Results:

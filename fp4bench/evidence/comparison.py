@@ -1,7 +1,7 @@
 """Times of all providers over batch sizes, as `torch.utils.benchmark.Compare` prints them: a table a layer and routing.
 
 The fastest of each column is marked with a `*`. A MoE layer stands there by CUDA graph and, where it was timed so too, as the
-host launches it; the difference is what launching costs. Times of its phases follow.
+host launches it; the difference is what launching costs. Times of its phases follow where they are asked for.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,15 +11,15 @@ from fp4bench.evidence.results import Answer, Result, Results, Shape
 from fp4bench.evidence.tables import markdown_table
 
 
-def lines(results: Results) -> list[str]:
-    """The tables, as Markdown; times in microseconds."""
+def lines(results: Results, phases: bool = False) -> list[str]:
+    """The tables, as Markdown; times in microseconds. phases: with those of MoE layers."""
     found = [f"us, {results.caption()}", *(f"- {note}" for note in results.notes())]
     for op, shape, routing in _groups(results):
         here = [r for r in results.by_work.values() if _group(r) == (op, shape, routing)]
         title = f"{op} {results.named(shape)}, {shape}" + (f", {routing} routing" if routing else "")
         found += ["", f"### {title}", "", *_table(here)]
-        if phases := _phases(here):
-            found += ["", *phases]
+        if phases and (parts := _phases(here)):
+            found += ["", *parts]
     return found
 
 

@@ -101,3 +101,11 @@ def test_a_file_of_another_format_is_refused(fp4bench, tmp_path):
     code, _, errors = fp4bench("--kernels", "old.json")
     assert code == 2
     assert "old.json has format 2" in errors[0]
+
+
+def test_compare(fp4bench):
+    code, lines, errors = fp4bench("--compare", *RUNS, "--phases")
+    assert (code, errors) == (0, [])
+    assert lines[0].startswith("us, NVIDIA H200, ")
+    assert any(line.startswith("| triton mxfp4 w4a16 | graph | * 10.00 |") for line in lines)
+    assert fp4bench("--frontier", *RUNS, "--phases")[2] == ["fp4bench: error: --phases goes with --compare RUN.json"]

@@ -32,7 +32,8 @@ def test_launches_stand_below_their_graph_and_phases_below_the_table(tmp_path):
         moe("b", "fp8", 4, 33, experts_hit=7, fp8_scaling="token_channel"),
         moe("b", "fp8", 64, 50, experts_hit=8),
     )
-    lines = comparison.lines(results_of(tmp_path, run))
+    results = results_of(tmp_path, run)
+    lines = comparison.lines(results, phases=True)
     title = "moe tiny.experts.tp1, 2 of 8 experts, intermediate = 128, hidden = 256"
     assert table(lines, title)[2:] == [
         ["experts hit", "", "7", "8"],
@@ -43,6 +44,9 @@ def test_launches_stand_below_their_graph_and_phases_below_the_table(tmp_path):
         ["b fp8 token_channel", "graph", "33.00", ""],
     ]
     assert table(lines, title, 1)[2:] == [["a mxfp4 w4a16", "routing", "2.00", ""], ["", "gemm1", "11.00", ""]]
+    without = comparison.lines(results)
+    assert without == lines[: len(without)]
+    assert not any("gemm1" in line for line in without)
 
 
 def test_routings_and_layers_have_tables_of_their_own(tmp_path):
