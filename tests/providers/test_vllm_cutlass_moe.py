@@ -116,14 +116,14 @@ def check(problem, seed=0):
     return right(run()), run
 
 
-@pytest.mark.parametrize("m", [1, 19, 300])
+@pytest.mark.parametrize("m", [1, 19, 140])
 def test_it_is_right(m, vllm):
     """By float32 sums: the stand-ins quantize as the reference does."""
     assert check(moe(m))[0].rows == m
 
 
 def test_clamped_gates_and_sizes_that_fill_no_tile(vllm):
-    check(moe(hidden=192, intermediate=320, experts=5, topk=4, activation=moe_contract.GPT_OSS))
+    check(moe(hidden=192, intermediate=96, experts=3, topk=2, activation=moe_contract.GPT_OSS))
 
 
 def test_a_layer_is_these_launches(vllm):

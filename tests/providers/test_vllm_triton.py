@@ -10,6 +10,7 @@ from cuda_library import SASS
 from vllm_moe_stand_in import FUSED_MOE, STEPS
 from vllm_stand_in import MOE, MOE_STEPS, operators
 
+from fp4bench.checking import check
 from fp4bench.devices import Device
 from fp4bench.problems import FP8, FP8_SCALINGS, PER_BLOCK, PER_TENSOR, PER_TOKEN, MoeProblem
 from fp4bench.providers import providers, vllm_fused_moe, vllm_ops, why_not
@@ -19,8 +20,8 @@ H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 A100 = Device("cuda:0", "NVIDIA A100", (8, 0), 108, 40 << 20)
 
 
-def moe(scaling=PER_TENSOR, m=19, **changed):
-    problem = MoeProblem("tiny", "experts", 1, m, 256, 128, 8, 2, FP8, fp8=scaling)
+def moe(scaling=PER_TENSOR, m=11, **changed):
+    problem = MoeProblem("tiny", "experts", 1, m, 128, 128, 8, 2, FP8, fp8=scaling)
     return replace(problem, **changed)
 
 
@@ -45,16 +46,18 @@ def on_the_cpu(provider, problem, monkeypatch):
 
 
 @pytest.mark.parametrize("scaling", FP8_SCALINGS.values(), ids=str)
-def test_every_scaling_keeps_the_contract(scaling, vllm, monkeypatch):
-    on_the_cpu(VllmTritonProvider(), moe(scaling), monkeypatch)
+@pytest.mark.parametrize("m", [1, 11])
+def test_every_scaling_is_right(scaling, m, vllm):
+    provider, problem = VllmTritonProvider(), moe(scaling, m)
+    assert why_not(provider, problem, H200) is None
+    inputs = problem.inputs()
+    run = provider.prepare(problem, inputs)
+    for _ in range(2):
+        assert check(problem, inputs, None, run(), provider.accumulation(problem, H200)).rows == m
 
 
-def test_one_token_keeps_it(vllm, monkeypatch):
-    on_the_cpu(VllmTritonProvider(), moe(m=1), monkeypatch)
-
-
-def test_biases_and_clamped_gates_keep_it(vllm, monkeypatch):
-    problem = MoeProblem("tiny", "experts", 1, 19, 192, 320, 5, 4, FP8, None, moe_contract.GPT_OSS, True, fp8=PER_TOKEN)
+def test_biases_and_clamped_gates_keep_the_contract(vllm, monkeypatch):
+    problem = MoeProblem("tiny", "experts", 1, 7, 192, 96, 5, 4, FP8, None, moe_contract.GPT_OSS, True, fp8=PER_TOKEN)
     on_the_cpu(VllmTritonProvider(), problem, monkeypatch)
 
 
@@ -72,7 +75,7 @@ def test_few_pairs_are_tiles_by_themselves(m, alone, vllm):
 def test_launches_are_the_table_s_for_the_nearest_m_else_the_default(vllm, monkeypatch):
     module, problem = loaded(vllm), moe(PER_BLOCK)
     VllmTritonProvider().prepare(problem, problem.inputs())()
-    assert module.SEEN[-1][0]["of"] == (19, 8, 128, 256, 2, "fp8_w8a8", [128, 128])
+    assert module.SEEN[-1][0]["of"] == (11, 8, 128, 128, 2, "fp8_w8a8", [128, 128])
     monkeypatch.setattr(module, "TUNED", {16: {"BLOCK_SIZE_M": 32}, 32: {"BLOCK_SIZE_M": 64}})
     VllmTritonProvider().prepare(problem, problem.inputs())()
     assert module.SEEN[-1][0] == {"BLOCK_SIZE_M": 32}
@@ -80,7 +83,7 @@ def test_launches_are_the_table_s_for_the_nearest_m_else_the_default(vllm, monke
 
 def test_no_tokens_are_no_work(vllm):
     problem = moe(m=0)
-    assert VllmTritonProvider().prepare(problem, problem.inputs())().shape == (0, 256)
+    assert VllmTritonProvider().prepare(problem, problem.inputs())().shape == (0, 128)
 
 
 def test_a_layer_s_weights_are_made_once(vllm):
@@ -104,7 +107,7 @@ def test_vllm_is_not_imported_and_no_stand_in_stays(vllm):
     [
         (H200, {}, None),
         (A100, {}, "NVIDIA A100 has no FP8 tensor cores"),
-        (H200, {"scaling": PER_BLOCK, "intermediate": 192}, "blocks of 128 in sizes that hold whole ones, not 256 and 192"),
+        (H200, {"scaling": PER_BLOCK, "intermediate": 192}, "blocks of 128 in sizes that hold whole ones, not 128 and 192"),
     ],
 )
 def test_why_not(device, changed, reason, vllm):
