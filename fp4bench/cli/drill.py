@@ -28,14 +28,14 @@ from fp4bench.cli.sessions import (
     takes_pytest_args,
 )
 from fp4bench.evidence.power import (
+    Detections,
     Injection,
-    Tally,
+    by_slowdown,
     draw,
     drawable,
     interval,
     objections,
     percent,
-    tallies,
     upper_bound,
 )
 
@@ -196,13 +196,13 @@ class Drill:
 
     def summary(self) -> list[str]:
         """What was found so far, as lines."""
-        lines = ["", *(_table(tallies(self.injections)) if self.injections else [])]
-        for tally in tallies(self.injections):
-            at = f"at {percent(tally.slowdown)}"
-            lines += [f"missed {at}: {i.case_id} ({i.reason}, change {_signed(i.change)})" for i in tally.misses]
+        lines = ["", *(_table(by_slowdown(self.injections)) if self.injections else [])]
+        for one in by_slowdown(self.injections):
+            at = f"at {percent(one.slowdown)}"
+            lines += [f"missed {at}: {i.case_id} ({i.reason}, change {_signed(i.change)})" for i in one.misses]
             lines += [
                 f"blind {at}: {case_id} (smallest visible slowdown {percent(mde)})"
-                for case_id, mde in _blind_cases(tally).items()
+                for case_id, mde in _blind_cases(one).items()
             ]
         for number, session in enumerate(self.sessions):
             lines += [
@@ -242,7 +242,7 @@ class Drill:
             for s in self.sessions
         ]
         injections = [asdict(i) | {"detected": i.detected, "blind": i.blind} for i in self.injections]
-        counted = [_tally_json(tally) for tally in tallies(self.injections)]
+        counted = [_detections_json(one) for one in by_slowdown(self.injections)]
         found = self.objections if self.complete else None
         results = {
             "sessions": sessions,
@@ -317,26 +317,26 @@ def _progress(number: int, session: Session, found: Sequence[Injection]) -> str:
     )
 
 
-def _table(counted: Sequence[Tally]) -> list[str]:
+def _table(counted: Sequence[Detections]) -> list[str]:
     lines = [f"{'slowdown':>8}  {'detected':>10}  {'rate':>6}  {'95 % interval':>16}  {'blind':>5}  {'misses by reason'}"]
-    for tally in counted:
-        rate = percent(tally.detected / tally.trials) if tally.trials else ""
-        misses = ", ".join(f"{reason} {count}" for reason, count in tally.missed_by_reason.items())
+    for one in counted:
+        rate = percent(one.detected / one.trials) if one.trials else ""
+        misses = ", ".join(f"{reason} {count}" for reason, count in one.missed_by_reason.items())
         lines.append(
-            f"{percent(tally.slowdown):>8}  {f'{tally.detected} of {tally.trials}':>10}  {rate:>6}  "
-            f"{_range(tally.detected, tally.trials):>16}  {len(tally.blind):>5}  {misses}".rstrip()
+            f"{percent(one.slowdown):>8}  {f'{one.detected} of {one.trials}':>10}  {rate:>6}  "
+            f"{_range(one.detected, one.trials):>16}  {len(one.blind):>5}  {misses}".rstrip()
         )
     return lines
 
 
-def _blind_cases(tally: Tally) -> dict[str, float]:
-    return {injection.case_id: injection.mde for injection in tally.blind if injection.mde is not None}
+def _blind_cases(one: Detections) -> dict[str, float]:
+    return {injection.case_id: injection.mde for injection in one.blind if injection.mde is not None}
 
 
-def _tally_json(tally: Tally) -> dict[str, Any]:
-    low, high = interval(tally.detected, tally.trials)
-    counts = {"slowdown": tally.slowdown, "detected": tally.detected, "trials": tally.trials, "low": low, "high": high}
-    return counts | {"blind": len(tally.blind), "missed_by_reason": tally.missed_by_reason}
+def _detections_json(one: Detections) -> dict[str, Any]:
+    low, high = interval(one.detected, one.trials)
+    counts = {"slowdown": one.slowdown, "detected": one.detected, "trials": one.trials, "low": low, "high": high}
+    return counts | {"blind": len(one.blind), "missed_by_reason": one.missed_by_reason}
 
 
 def _range(hits: int, trials: int) -> str:

@@ -47,7 +47,7 @@ class Injection:
 
 
 @dataclass(frozen=True)
-class Tally:
+class Detections:
     """The injections of one slowdown, counted. `detected` of `trials` are of cases that are not blind."""
 
     slowdown: float
@@ -84,11 +84,11 @@ def percent(rate: float) -> str:
     return f"{100 * rate:.3g} %"
 
 
-def tallies(injections: Iterable[Injection]) -> list[Tally]:
-    """A tally a slowdown, the smallest first."""
+def by_slowdown(injections: Iterable[Injection]) -> list[Detections]:
+    """The injections counted by slowdown, the smallest first."""
     injections = list(injections)
     slowdowns = sorted({injection.slowdown for injection in injections})
-    return [Tally(slowdown, tuple(i for i in injections if i.slowdown == slowdown)) for slowdown in slowdowns]
+    return [Detections(slowdown, tuple(i for i in injections if i.slowdown == slowdown)) for slowdown in slowdowns]
 
 
 def interval(hits: int, trials: int) -> tuple[float, float]:
@@ -145,7 +145,7 @@ def objections(injections: Iterable[Injection], alarmed: int, sessions: int, pro
     at most half of the injections may be in blind cases. Sessions with a false alarm must not be beyond chance.
     """
     found = []
-    if counted := tallies(injections):
+    if counted := by_slowdown(injections):
         largest = counted[-1]
         low, _ = interval(largest.detected, largest.trials)
         if low <= SEEN_AT_LEAST:

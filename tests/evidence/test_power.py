@@ -7,12 +7,12 @@ import pytest
 from fp4bench.evidence.power import (
     Injection,
     beyond_chance,
+    by_slowdown,
     draw,
     drawable,
     interval,
     objections,
     percent,
-    tallies,
     upper_bound,
 )
 
@@ -65,20 +65,20 @@ def test_a_stricter_promise_is_broken_sooner(alarmed, sessions, beyond):
 
 
 def test_a_case_is_blind_if_it_was_declared_so_whatever_became_of_it():
-    (tally,) = tallies([*injections(3, 1, 2), Injection("lucky", 0.02, 0, 0.05, "REGRESSED", "slower", 0.1)])
-    assert (tally.detected, tally.trials, len(tally.blind)) == (3, 4, 3)
-    assert tally.missed_by_reason == {"within_floor": 1}
+    (one,) = by_slowdown([*injections(3, 1, 2), Injection("lucky", 0.02, 0, 0.05, "REGRESSED", "slower", 0.1)])
+    assert (one.detected, one.trials, len(one.blind)) == (3, 4, 3)
+    assert one.missed_by_reason == {"within_floor": 1}
 
 
 def test_a_case_without_a_declared_effect_is_not_excused():
-    (tally,) = tallies([Injection("silent", 0.02, 0, None, "INCONCLUSIVE", "noisy", None)])
-    assert tally.trials == 1
-    assert [injection.case_id for injection in tally.misses] == ["silent"]
+    (one,) = by_slowdown([Injection("silent", 0.02, 0, None, "INCONCLUSIVE", "noisy", None)])
+    assert one.trials == 1
+    assert [injection.case_id for injection in one.misses] == ["silent"]
 
 
-def test_tallies_are_by_slowdown_the_smallest_first():
-    found = tallies([*injections(1, slowdown=0.05), *injections(0, 2, slowdown=0.01)])
-    assert [(tally.slowdown, tally.detected, tally.trials) for tally in found] == [(0.01, 0, 2), (0.05, 1, 1)]
+def test_injections_are_counted_by_slowdown_the_smallest_first():
+    found = by_slowdown([*injections(1, slowdown=0.05), *injections(0, 2, slowdown=0.01)])
+    assert [(one.slowdown, one.detected, one.trials) for one in found] == [(0.01, 0, 2), (0.05, 1, 1)]
 
 
 @pytest.mark.parametrize(
