@@ -17,7 +17,7 @@ def lines(results: Results, phases: bool = False) -> list[str]:
     for op, shape, routing in _groups(results):
         here = [r for r in results.by_work.values() if _group(r) == (op, shape, routing)]
         title = f"{op} {results.named(shape)}, {shape}" + (f", {routing} routing" if routing else "")
-        found += ["", f"### {title}", "", *_table(here)]
+        found += ["", f"**{title}**", "", *_table(here)]
         if phases and (parts := _phases(here)):
             found += ["", *parts]
     return found

@@ -9,8 +9,8 @@ from fp4bench.evidence.results import ResultsError
 
 def table(lines, title, number=0):
     """The cells of one of the tables under a title."""
-    start = next(i for i, line in enumerate(lines) if line.startswith("### ") and title in line)
-    end = next((i for i in range(start + 1, len(lines)) if lines[i].startswith("### ")), len(lines))
+    start = next(i for i, line in enumerate(lines) if line.startswith("**") and title in line)
+    end = next((i for i in range(start + 1, len(lines)) if lines[i].startswith("**")), len(lines))
     blocks = [block.split("\n") for block in "\n".join(lines[start + 2 : end]).split("\n\n")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in blocks[number] if line]
 
@@ -54,10 +54,10 @@ def test_routings_and_layers_have_tables_of_their_own(tmp_path):
         moe("a", "w4a16", 4, 20, routing="zipf"), moe("a", "w4a16", 4, 30), moe("a", "w4a16", 4, 50, experts=16, topk=4)
     )
     lines = comparison.lines(results_of(tmp_path, run))
-    assert [line for line in lines if line.startswith("###")] == [
-        "### moe tiny.experts.tp1, 2 of 8 experts, intermediate = 128, hidden = 256, zipf routing",
-        "### moe tiny.experts.tp1, 2 of 8 experts, intermediate = 128, hidden = 256",
-        "### moe tiny.experts.tp1, 4 of 16 experts, intermediate = 128, hidden = 256",
+    assert [line for line in lines if line.startswith("**")] == [
+        "**moe tiny.experts.tp1, 2 of 8 experts, intermediate = 128, hidden = 256, zipf routing**",
+        "**moe tiny.experts.tp1, 2 of 8 experts, intermediate = 128, hidden = 256**",
+        "**moe tiny.experts.tp1, 4 of 16 experts, intermediate = 128, hidden = 256**",
     ]
     assert table(lines, "zipf routing")[-1] == ["a mxfp4 w4a16", "graph", "* 20.00"]
 
