@@ -40,9 +40,6 @@ def prepare_moe(problem: MoeProblem, inputs: MoeInputs) -> Runner:
 
 def _grouped_mm(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Rows up to the first end by the first weight, and so on. (pairs, k), (experts, k, n), int32 (experts) -> (pairs, n)."""
-    if not rows.is_cuda:  # for which torch has it since 2.10
-        parts = rows.tensor_split(ends[:-1].tolist())
-        return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
     grouped: Any = torch._grouped_mm  # public since 2.10, as torch.nn.functional.grouped_mm
     return grouped(rows, weights, offs=ends)
 
