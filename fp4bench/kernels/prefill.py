@@ -215,7 +215,7 @@ def fits(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: PrefillCo
 def workspace_bytes(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: PrefillConfig, sms: int) -> int:
     """Bytes of workspace that `gemm` needs: partial sums, counters, and a copy of x whose rows TMA cannot read."""
     schedule = Schedule.of(m, weight.tiles, weight.units, config, sms)
-    return _partial_bytes(schedule, config) + _counter_bytes(schedule, config) + _copy_bytes(m, weight, x_dtype)
+    return sum(_sizes(m, weight, x_dtype, schedule, config))
 
 
 def gemm(
@@ -355,11 +355,14 @@ def _partial_bytes(schedule: Schedule, config: PrefillConfig) -> int:
     return 2 * schedule.ctas * config.rows * config.columns * 4 if schedule.shared else 0
 
 
-def _counter_bytes(schedule: Schedule, config: PrefillConfig) -> int:
-    needed = schedule.shared * config.warpgroups * 4
-    if needed > COUNTER_BYTES:
+def _sizes(
+    m: int, weight: PreparedWeight, x_dtype: torch.dtype, schedule: Schedule, config: PrefillConfig
+) -> tuple[int, int, int]:
+    """Bytes of counters, partial sums and the copy of x: a copy stays off the counters of other products."""
+    if schedule.shared * config.warpgroups * 4 > COUNTER_BYTES:
         raise ValueError(f"{schedule.shared} tiles cut along k are more than a workspace has counters for")
-    return COUNTER_BYTES if needed else 0
+    partial, copy = _partial_bytes(schedule, config), _copy_bytes(m, weight, x_dtype)
+    return COUNTER_BYTES if partial or copy else 0, partial, copy
 
 
 def _copy_bytes(m: int, weight: PreparedWeight, x_dtype: torch.dtype) -> int:
@@ -377,7 +380,7 @@ def _carve(
     config: PrefillConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """-> float32 partial sums, int32 counters, and the copy of x if one is needed. row_scale stands in for what is not used."""
-    sizes = _counter_bytes(schedule, config), _partial_bytes(schedule, config), _copy_bytes(m, weight, x_dtype)
+    sizes = _sizes(m, weight, x_dtype, schedule, config)
     if not sum(sizes):
         return weight.row_scale, weight.row_scale.view(torch.int32), None
     if workspace is None or workspace.dtype != torch.uint8 or workspace.numel() < sum(sizes) or not workspace.is_contiguous():
@@ -386,7 +389,7 @@ def _carve(
     counters, partial, copy = workspace[: sum(sizes)].split(sizes)
     return (
         partial.view(torch.float32) if sizes[1] else weight.row_scale,
-        counters.view(torch.int32) if sizes[0] else weight.row_scale.view(torch.int32),
+        counters.view(torch.int32),
         copy.view(x_dtype).view(m, -1) if sizes[2] else None,
     )
 

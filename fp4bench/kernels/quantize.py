@@ -177,7 +177,8 @@ def quantize_fp8_rows(x: torch.Tensor, *, fragments: bool = False, out: RowQuant
 
     fragments: columns in the order of `fp4bench.kernels.weights.E4M3_ORDER`, and k padded to a multiple of 64, with zeros but
     in rows whose scale is NaN.
-    out: values and scales to write: float8_e4m3fn (..., k or k padded), float32 (..., 1).
+    out: values and scales to write: float8_e4m3fn (..., k or k padded), float32 (..., 1). The values may be bfloat16, which
+        holds every E4M3 value.
     """
     k = x.shape[-1]
     out = out or _empty_rows(x, k + -k % _UNIT if fragments else k)
@@ -549,7 +550,7 @@ def _store_row(  # type: ignore[no-untyped-def]
         y = tl.reshape(tl.permute(tl.reshape(y, (n, width // 16, 2, 8)), (0, 1, 3, 2)), (n, width))
     offsets = column[:, None] + tl.arange(0, width)[None, :]
     place = values + row.to(tl.int64)[:, None] * k_out + offsets
-    tl.store(place, y.to(tl.float8e4nv), mask=offsets < k_out)
+    tl.store(place, y.to(tl.float8e4nv).to(values.dtype.element_ty), mask=offsets < k_out)
     tl.store(scales + tl.program_id(0), scale)
 
 

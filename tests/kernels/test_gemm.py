@@ -10,6 +10,7 @@ from fp4bench.devices import Device, find_device  # noqa: E402
 from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
 from fp4bench.kernels import decode, gemm, prefill, weights  # noqa: E402
 from fp4bench.kernels import quantize as quantizers  # noqa: E402
+from fp4bench.kernels.prefill import PrefillConfig  # noqa: E402
 from fp4bench.problems import CUT_FP8_SUMS, W4A4, W4A4_NOQUANT, W4A8, W4A16, GemmProblem  # noqa: E402
 from fp4bench.quantize import decode as values_of  # noqa: E402
 from fp4bench.quantize import quantize, quantize_fp8_rows  # noqa: E402
@@ -60,9 +61,10 @@ def calls(monkeypatch):
         product(x, weight, out, None, alpha, bias)
 
     def fp8_rows(x, *, fragments, out):
-        assert fragments
         rows = quantize_fp8_rows(x)
-        out.values.copy_(in_fragment_order(rows.values))
+        assert fragments == (out.values.dtype == torch.float8_e4m3fn)
+        padded = torch.nn.functional.pad(rows.values.float(), (0, -x.shape[1] % 64))
+        out.values.copy_(in_fragment_order(rows.values) if fragments else padded)
         out.scales.copy_(rows.scales)
 
     def as_e4m3(x, *, rule, hadamard, out):
@@ -114,7 +116,7 @@ def test_operands_are_what_the_kernels_multiply(calls, mode, format, m, n, k, ha
 
 
 def test_columns_in_another_order_are_seen(calls, monkeypatch):
-    p = problem(W4A8, MXFP4, 40, 32, 128)
+    p = problem(W4A8, MXFP4, 140, 32, 128)
     inputs = p.inputs("cpu")
     monkeypatch.setitem(globals(), "in_fragment_order", lambda rows: rows.float())
     with pytest.raises(WrongResultError):
@@ -153,15 +155,14 @@ def test_a_weight_in_parts_is_summed_in_float32(calls, mode):
 
 def test_operands_by_mode_and_rows():
     assert gemm.operand_of(W4A16, MXFP4, 5000, H200) == "bf16"
-    assert gemm.operand_of(W4A8, MXFP4, 1, H200) == "e4m3"
-    for mode in (W4A4, W4A4_NOQUANT):
+    for mode in (W4A8, W4A4, W4A4_NOQUANT):
         assert gemm.operand_of(mode, MXFP4, gemm.E4M3_ROWS - 1, H200) == "bf16"
         assert gemm.operand_of(mode, MXFP4, gemm.E4M3_ROWS, H200) == "e4m3"
-        assert gemm.operand_of(mode, NVFP4, 5000, H200) == "bf16"
         assert gemm.operand_of(mode, NVFP4, 5000, B200) == "fp4"
+    assert gemm.operand_of(W4A4, NVFP4, 5000, H200) == "bf16"
     assert gemm.accumulation(W4A4, MXFP4, gemm.E4M3_ROWS, H200) is CUT_FP8_SUMS
     assert gemm.accumulation(W4A4, MXFP4, 1, H200) is None
-    assert gemm.accumulation(W4A8, MXFP4, 1, H200) is CUT_FP8_SUMS
+    assert gemm.accumulation(W4A8, MXFP4, 500, H200) is CUT_FP8_SUMS
 
 
 def test_scaled_rows_are_not_for_the_decode_kernel():
@@ -184,6 +185,21 @@ def test_a_workspace_that_is_too_small_is_refused(calls):
     inputs = p.inputs("cpu")
     with pytest.raises(ValueError, match=r"the workspace is uint8 \(\d+,\) or larger"):
         computed(p, inputs, workspace=torch.zeros(100, dtype=torch.uint8))
+
+
+def test_products_without_counters_leave_those_of_others_alone(calls):
+    whole = PrefillConfig(depth=128, streamed=False)  # no tile is cut along k
+    made = []
+    for mode, m, launch in ((W4A4, 1, None), (W4A8, 40, whole), (W4A8, 40, None)):
+        p = problem(mode, MXFP4, m, 256, 1024)
+        inputs = p.inputs("cpu")
+        weight = gemm.lay_out(quantize(inputs.w, MXFP4), mode, H200)
+        made.append((mode, inputs.x, weight, launch, gemm.workspace_bytes(mode, weight, m, launch=launch)))
+    workspace = gemm.new_workspace(max(size for *_, size in made), "cpu")
+    for mode, x, weight, launch, _ in made:
+        gemm.gemm(x, weight, mode, workspace=workspace, launch=launch)
+        assert not workspace[: prefill.COUNTER_BYTES].any()
+    assert calls == ["decode", "prefill", "prefill"]
 
 
 def test_operands_that_do_not_fit(calls):

@@ -62,6 +62,17 @@ def test_a_launch_that_cannot_be_is_refused(change, why):
         PrefillConfig(**change)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_copy_of_x_does_not_lie_on_the_counters_of_other_products(streamed):
+    weight = weights.prepare(quantize(torch.randn(256, 1028), MXFP4))  # rows of 2056 bytes
+    config = PrefillConfig(columns=64, streamed=streamed)
+    workspace = torch.zeros(prefill.workspace_bytes(40, weight, torch.bfloat16, config, 132), dtype=torch.uint8)
+    schedule = Schedule.of(40, weight.tiles, weight.units, config, 132)
+    assert (schedule.shared > 0) == streamed
+    prefill._carve(workspace, 40, weight, torch.bfloat16, schedule, config)[2].fill_(1)
+    assert not workspace[: prefill.COUNTER_BYTES].any()
+
+
 def compiled(form, fmt, config):
     """The kernel as it is compiled for sm_90a and contiguous operands."""
     from triton.backends.compiler import GPUTarget
