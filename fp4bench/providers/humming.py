@@ -20,8 +20,9 @@ import torch
 
 from fp4bench.devices import Device
 from fp4bench.formats import MXFP4, NVFP4, ScaleRule
-from fp4bench.problems import Accumulation, GemmProblem, Problem
+from fp4bench.problems import Accumulation, GemmProblem, MoeProblem, Problem
 from fp4bench.providers import Runner, import_optional, installed_version
+from fp4bench.providers.humming_moe import prepare_moe, why_not_moe
 from fp4bench.quantize import Quantized, quantize
 
 _CHECKPOINTS = {
@@ -38,7 +39,7 @@ class HummingProvider:
     """MXFP4 (FLOOR) and NVFP4 (TWO_LEVEL) weights by `humming.layer.HummingLayer`."""
 
     name = "humming"
-    ops = ("gemm",)
+    ops = ("gemm", "moe")
     modes = ("w4a16", "w4a8")
     rules: Mapping[str, tuple[ScaleRule, ...]] = {MXFP4.name: (ScaleRule.FLOOR,), NVFP4.name: (ScaleRule.TWO_LEVEL,)}
 
@@ -46,7 +47,7 @@ class HummingProvider:
         self.version = installed_version("humming-kernels")
 
     def why_not(self, problem: Problem, device: Device) -> str | None:
-        assert isinstance(problem, GemmProblem)
+        assert isinstance(problem, GemmProblem | MoeProblem)
         if self.version is None:
             return "humming-kernels is not installed"
         if device.capability is None or device.capability < (8, 0):
@@ -57,16 +58,24 @@ class HummingProvider:
         if fp8 and problem.format is NVFP4:
             return "Humming takes at least 32 weights a scale beside FP8 activations, and NVFP4 has 16"
         block = 32 if problem.format is MXFP4 else 16
+        if isinstance(problem, MoeProblem):
+            if problem.hidden % 64 or problem.intermediate % 64:
+                sizes = f"{problem.hidden} and {problem.intermediate}"
+                return f"Humming is given experts with sizes that are multiples of 64, not {sizes}"
+            return why_not_moe(problem, device.capability)
         if problem.n % 8 or problem.k % block:
             return f"Humming takes n that is a multiple of 8 and k of {block}, not {problem.n} and {problem.k}"
         return None
 
-    def accumulation(self, problem: GemmProblem, device: Device) -> Accumulation:
+    def accumulation(self, problem: GemmProblem | MoeProblem, device: Device) -> Accumulation:
         """Three roundings to bfloat16 of partial sums within 6 times the spread, 3 * 6 * 2**-8, are one addition of 9 bits."""
         return Accumulation(bits=9, terms=problem.k)
 
     def prepare(self, problem: Any, inputs: Any) -> Runner:
-        w = quantize(inputs.w, problem.format, rule=self.rules[problem.format.name][0])
+        rule = self.rules[problem.format.name][0]
+        if isinstance(problem, MoeProblem):
+            return prepare_moe(problem, inputs, rule, _options(problem))
+        w = quantize(inputs.w, problem.format, rule=rule)
         layer = _layer(problem, inputs.x)
         layer.load_from_tensors(_checkpoint(w))
         layer.transform()
@@ -74,22 +83,25 @@ class HummingProvider:
 
 
 def _layer(problem: GemmProblem, x: torch.Tensor) -> Any:
-    assert problem.format is not None
     module = import_optional("humming.layer")
     assert module is not None  # why_not has asked
+    # It allocates where torch does by default.
+    with torch.device(x.device), torch.cuda.device_of(x):
+        return module.HummingLayer(shape_n=problem.n, shape_k=problem.k, **_options(problem))
+
+
+def _options(problem: GemmProblem | MoeProblem) -> dict[str, Any]:
+    """Of a layer. It writes defaults into its configurations, which therefore are copies."""
+    assert problem.format is not None
     # Where PYTEST_CURRENT_TEST is set, Humming takes itself to be under test, and chooses other kernels on Blackwell (0.1.19).
     os.environ.setdefault("HUMMING_TEST_TUNING_SOURCE", "")
     activations = _ACTIVATIONS[problem.mode.activations]
-    # The layer writes defaults into its configurations, so it gets copies; and it allocates where torch does by default.
-    with torch.device(x.device), torch.cuda.device_of(x):
-        return module.HummingLayer(
-            shape_n=problem.n,
-            shape_k=problem.k,
-            weight_config=dict(_CHECKPOINTS[problem.format.name]),
-            input_config=activations and dict(activations),
-            torch_dtype=torch.bfloat16,
-            **_PAD,
-        )
+    return {
+        "weight_config": dict(_CHECKPOINTS[problem.format.name]),
+        "input_config": activations and dict(activations),
+        "torch_dtype": torch.bfloat16,
+        **_PAD,
+    }
 
 
 def _checkpoint(w: Quantized) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 FILE = "model_executor/layers/fused_moe/fused_moe.py"
+SUM_FILE = "model_executor/layers/fused_moe/moe_fused_mul_sum.py"
 OGS_FILE = "model_executor/layers/fused_moe/experts/gpt_oss_triton_kernels_moe.py"
 
 _FOLDER_VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
@@ -104,12 +105,20 @@ def _told() -> dict[str, dict[str, Any]]:
         "triton_utils": {"triton": triton, "tl": tl},
         "logger": {"init_logger": _logger},
         "envs": {"VLLM_BATCH_INVARIANT": False, _FOLDER_VARIABLE: os.environ.get(_FOLDER_VARIABLE)},
-        "platforms": {"current_platform": SimpleNamespace(is_rocm=lambda: False, is_cuda=lambda: True)},
+        "platforms": {"current_platform": _PLATFORM},
         "utils.platform_utils": {"get_device_name_as_file_name": lambda: torch.cuda.get_device_name().replace(" ", "_")},
         "utils.torch_utils": {"direct_register_custom_op": lambda *_, **__: None},
         "utils.import_utils": {"has_triton_kernels": lambda: find_spec("triton_kernels") is not None},
         "model_executor.layers.fused_moe.utils": {"enable_swap_ab": _swaps, "_resize_cache": _resized},
     }
+
+
+def _has_capability(capability: tuple[int, int] | int) -> bool:
+    """Whether this GPU is of a compute capability, (9, 0) or 90, or later."""
+    return torch.cuda.get_device_capability() >= (capability if isinstance(capability, tuple) else divmod(capability, 10))
+
+
+_PLATFORM = SimpleNamespace(is_rocm=lambda: False, is_cuda=lambda: True, has_device_capability=_has_capability)
 
 
 def _logger(name: str) -> logging.Logger:
