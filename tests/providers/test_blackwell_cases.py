@@ -14,13 +14,14 @@ from blackwell_stand_in import BEHIND, FlashInfer
 from cuda_library import SASS
 from recorded import ALIKE, stored_run, write
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vllm_stand_in import CUTLASS, MARLIN, QUTLASS, operators
+from vllm_stand_in import CUTLASS, CUTLASS_MOE, MARLIN, MOE, MOE_STEPS, QUTLASS, operators
 
 from fp4bench import providers as registry
-from fp4bench.cases import gemm_cases, select
+from fp4bench.cases import gemm_cases, moe_cases, select
 from fp4bench.cli import report
 from fp4bench.devices import Device
 from fp4bench.evidence.record import KEYS, make_record
+from fp4bench.providers import vllm_fused_moe, vllm_ops
 
 B200 = Device("cuda:0", "NVIDIA B200", (10, 0), 148, 126 << 20)
 OPTIONS = {
@@ -145,3 +146,25 @@ def test_reports_of_such_a_run_are_those_of_any(cases, tmp_path, capsys):
         told = capsys.readouterr().out
         assert "NVIDIA B200" in told
         assert all(name in told for name in wanted)
+
+
+def test_the_reference_benchmark_of_experts_has_its_cases(tmp_path, monkeypatch):
+    """vLLM's NVFP4 experts by CUTLASS beside FP8 in Triton, DeepSeek-R1, at every batch size of the benchmark's list."""
+    pytest.importorskip("triton")
+    batch_sizes = ["4", "8", "16", "32", "64", "128", "256", "512", "1024", "2048"]
+    asked = {"models": ["deepseek-r1"], "batch_sizes": batch_sizes, "formats": ["nvfp4"], "modes": ["fp8", "w4a4"]}
+    supports = {"cutlass_scaled_mm_supports_fp4": lambda cuda_device_capability: True}
+    schemas = (*CUTLASS, *CUTLASS_MOE, *MOE_STEPS)
+    with (
+        operators(MOE, {}, "MOE", monkeypatch, tmp_path, targets=TARGETS) as folder,
+        operators(schemas, supports, "MAIN", monkeypatch, tmp_path, targets=TARGETS) as main,
+    ):
+        (folder / vllm_ops.MOE.files[-1]).rename(main / vllm_ops.MOE.files[-1])
+        (main / vllm_fused_moe.FILE).parent.mkdir(parents=True)
+        (main / vllm_fused_moe.FILE).touch()
+        cases = list(moe_cases(select(asked | {"providers": ["vllm_cutlass", "vllm_triton"]}, B200)))
+        assert [case.why_not(B200) for case in cases] == [None] * 20
+    assert {(case.provider.name, case.problem.mode.name) for case in cases} == {
+        ("vllm_cutlass", "w4a4"),
+        ("vllm_triton", "fp8"),
+    }
