@@ -99,7 +99,7 @@ class Workspace:
 
 def default_config(m: int, topk: int, experts: int, intermediate: int, *, fp8: bool = False) -> MoeConfig:
     """A launch by arithmetic: the narrowest blocks that few experts have more tokens than, if tokens choose evenly; warps that
-    share k have several units of it each.
+    share k have several units of it each where blocks are wider than 8.
 
     fp8: for w4a8, which `grouped_prefill` alone computes. Its CTAs are two an SM: one stores while the other multiplies.
     """
@@ -110,6 +110,8 @@ def default_config(m: int, topk: int, experts: int, intermediate: int, *, fp8: b
         return MoeConfig(wide, wide)
     block = 8 if m <= 8 or mean <= 3 else 16
     first, units = GroupedConfig(block, ahead=block == 8), ceil(intermediate / UNIT_K)
+    if block == 8:  # so little work a CTA that more of them are better
+        return MoeConfig(first, first)
     return MoeConfig(first, replace(first, split=4 if units >= 16 else 2 if units >= 8 else 1))
 
 

@@ -105,7 +105,8 @@ def test_blocks_are_as_wide_as_most_experts_need():
 
 def test_warps_share_k_where_it_is_long():
     splits = {64: 1, 256: 1, 448: 1, 512: 2, 1024: 4, 2880: 4}
-    assert {i: moe.default_config(1, 8, 256, i).second.split for i in splits} == splits
+    assert {i: moe.default_config(256, 8, 256, i).second.split for i in splits} == splits
+    assert moe.default_config(64, 8, 256, 256).second.split is None
 
 
 def routed(kind, m, topk, experts):
