@@ -237,7 +237,8 @@ def _combine(  # type: ignore[no-untyped-def]
     for slot in tl.static_range(TOPK):
         pair = token * TOPK + slot
         choice = tl.load(ids + pair)
-        counts = (choice >= 0) & (choice < experts)
-        value = tl.load(slots + pair * n + column, mask=(column < n) & counts, other=0.0)
+        # One comparison makes the mask: the interpreter of Triton 3.9 takes none that a scalar's was combined with.
+        counted = tl.where((choice >= 0) & (choice < experts), column, n)
+        value = tl.load(slots + pair * n + column, mask=counted < n, other=0.0)
         total += tl.load(weights + pair) * value.to(tl.float32)
     tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=column < n)
