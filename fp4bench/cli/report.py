@@ -14,6 +14,7 @@ from fp4bench.evidence.report import accepted_runs, markdown, spread
 from fp4bench.evidence.results import Choice, Results, join
 from fp4bench.evidence.rivals import Sampled
 from fp4bench.evidence.storage import samples_path
+from fp4bench.evidence.unfinished import as_run
 
 _CHOICE = ("formats", "modes", "batch_sizes")
 # Which options go with which report.
@@ -71,7 +72,8 @@ def _add_side_by_side(parser: argparse.ArgumentParser) -> None:
 def _add_providers(parser: argparse.ArgumentParser) -> None:
     beside = parser.add_argument_group(
         "with --throughput, --frontier, --kernels and --compare",
-        "Runs of one machine are joined; a case of several takes the median of their medians. BF16 always stays in.",
+        "Runs of one machine are joined; a case of several takes the median of their medians. BF16 always stays in. For a run "
+        "that was cut off its journal (.jsonl) may stand.",
     )
     beside.add_argument("--formats", nargs="+", metavar="FORMAT", help="only these formats (all)")
     beside.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes (all)")
@@ -160,7 +162,7 @@ def _compare(args: argparse.Namespace) -> list[str]:
 
 def _joined(args: argparse.Namespace, paths: Sequence[Path]) -> Results:
     choice = Choice(*(tuple(getattr(args, axis) or ()) for axis in _CHOICE))
-    return join([parse(read(path), path) for path in paths], choice)
+    return join([parse(as_run(path) if path.suffix == ".jsonl" else read(path), path) for path in paths], choice)
 
 
 def _baselines(args: argparse.Namespace) -> list[Baseline]:
