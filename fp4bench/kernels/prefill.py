@@ -21,7 +21,7 @@ pays where they are few (qkv at m = 512, 121.5 instead of 129.9) and costs regis
 bfloat16, 21 for eight codes: gate_up at m = 32 takes 104.5 us instead of 83.6, at m = 128 144.4 instead of 167.3. The 128 x 256
 tile of E4M3 in steps of 128, the best found at m >= 1024, spills 272 bytes, none of them in the loop.
 
-E4M3: Hopper adds FP8 products with some 14 bits (`CUT_FP8_SUMS` of `fp4bench.problems`); bfloat16 and float16 products in float32.
+E4M3: Hopper adds FP8 products with some 14 bits (`CUT_FP8_SUMS` of `fp4bench.problems`), bfloat16 and float16 ones in float32.
 """
 
 from dataclasses import dataclass, replace
