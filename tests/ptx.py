@@ -118,6 +118,8 @@ def _funnel_right(low, high, shift):
 
 
 _INSTRUCTIONS = {
+    "bfe.u32": lambda a, start, size: (a >> start) & (np.uint32(1) << size) - np.uint32(1),
+    "mad.lo.u32": lambda a, b, c: (a.astype(np.uint64) * b + c).astype(np.uint32),
     "shl.b32": lambda a, n: (a << n).astype(np.uint32),
     "shr.u32": lambda a, n: a >> n,
     "and.b32": lambda a, b: a & b,

@@ -102,6 +102,8 @@ def _launch(
     pdl: bool,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
     """-> grid, arguments and constants of the kernel."""
+    if not weight.fits(x.dtype):
+        raise ValueError(f"the weight was prepared for {weight.operand}, words in {weight.order}, not for {x.dtype}")
     m, k = x.shape
     tiles = min(config.tiles, weight.tiles)
     columns = 8 if m <= 8 else 16

@@ -3,7 +3,7 @@
 | mode | Hopper (9.0) | Blackwell (10.x, 12.x), compiled and not measured |
 |---|---|---|
 | w4a16 | `decode` to 16 rows of x or `prefill`, as tuned | `decode` to 16 rows |
-| w4a8, MXFP4 | rows of x to FP8, then `prefill`: from `E4M3_ROWS` rows on as E4M3, else as the same values in bfloat16 | - |
+| w4a8, MXFP4 | rows of x to FP8, then `prefill` as E4M3 | - |
 | w4a4 | x to FP4, then what its codes stand for: from `E4M3_ROWS` rows on as E4M3 (MXFP4), else as bfloat16 | `blackwell` |
 
 `w4a4_noquant` is `w4a4` on what `activations` made before. bfloat16 operands are exact, and summed in float32. E4M3 operands
@@ -29,15 +29,16 @@ from fp4bench.kernels.configs import Launch, Work
 from fp4bench.kernels.decode import DecodeConfig
 from fp4bench.kernels.prefill import PrefillConfig
 from fp4bench.kernels.quantize import BlockedQuantized, Image
-from fp4bench.kernels.weights import UNIT_K, PreparedWeight, prepare
+from fp4bench.kernels.weights import UNIT_K, PreparedWeight, WordOrder, prepare
 from fp4bench.problems import CUT_FP8_SUMS, W4A8, W4A16, Accumulation, Mode
 from fp4bench.quantize import Quantized, RowQuantized
 
 Weight = PreparedWeight | BlockedQuantized
 
-# FP8 and MXFP4 activations of so many rows are multiplied as E4M3, at twice the rate of bfloat16 and with 14 bits of each sum.
-# Fewer are bound by the weight's bytes, of which bfloat16 is decoded faster, and exact: gate_up of Llama-3.3-70B takes 83.6 us
-# as bfloat16 instead of 104.5 at m = 32, 113.0 instead of 117.2 at 64, and 167.3 instead of 144.4 at 128 (NVIDIA H200).
+# So many rows of MXFP4 activations are multiplied as E4M3, at twice the rate of bfloat16 and with 14 bits of each sum. Fewer
+# are bound by the weight's bytes, of which bfloat16 is decoded faster from words in halves, and exact: gate_up of Llama-3.3-70B
+# takes 83.6 us as bfloat16 instead of 104.5 at m = 32, 113.0 instead of 117.2 at 64, 167.3 instead of 144.4 at 128 (NVIDIA
+# H200).
 E4M3_ROWS = 128
 
 _HOPPER = (9, 0)
@@ -85,7 +86,7 @@ def operand_of(mode: Mode, format: BlockFormat, m: int, device: Device) -> str:
         return "bf16"
     if device.capability != _HOPPER:
         return "fp4"
-    return "e4m3" if m >= E4M3_ROWS and not format.has_tensor_scale else "bf16"
+    return "e4m3" if mode is W4A8 or (m >= E4M3_ROWS and not format.has_tensor_scale) else "bf16"
 
 
 def accumulation(mode: Mode, format: BlockFormat, m: int, device: Device) -> Accumulation | None:
@@ -102,7 +103,7 @@ def launch_of(mode: Mode, format: BlockFormat, m: int, n: int, k: int, device: D
 def work_of(mode: Mode, format: BlockFormat, m: int, n: int, k: int, device: Device) -> Work:
     """A product as launches know it. Rows of x have scales where they are FP8, or FP4 with a tensor scale."""
     operand = operand_of(mode, format, m, device)
-    scaled = operand == "e4m3" or mode is W4A8 or (mode is not W4A16 and format.has_tensor_scale)
+    scaled = operand == "e4m3" or (mode is not W4A16 and format.has_tensor_scale)
     return Work(operand, str(format), m, n, k, x_scaled=scaled)
 
 
@@ -112,11 +113,14 @@ def work_of(mode: Mode, format: BlockFormat, m: int, n: int, k: int, device: Dev
 def lay_out(w: Quantized, mode: Mode, device: Device) -> Weight:
     """A quantized weight (n, k) as the kernels of `mode` read it. Done once: it waits for the GPU.
 
-    On Hopper one layout serves every mode and m. What differs is how far below the largest scale of its row a block may be
-    before it becomes a part of `rest`: 24 binades for w4a16, 11 for the modes that may multiply MXFP4 as E4M3.
+    On Hopper one layout serves every m. Modes differ in how far below the largest scale of its row a block may be before it
+    becomes a part of `rest`, 24 binades for w4a16 and 11 where MXFP4 may be multiplied as E4M3; and in the order of a word's
+    bits, which for w4a8 is that of E4M3 alone.
     """
     if operand_of(mode, w.format, 1, device) == "fp4":
         return blackwell.blocked(w)
+    if mode is W4A8:
+        return prepare(w, torch.float8_e4m3fn, WordOrder.BYTES)
     return prepare(w, torch.float16 if mode is W4A16 or w.format.has_tensor_scale else torch.float8_e4m3fn)
 
 
@@ -136,12 +140,11 @@ def _activations(x: torch.Tensor, weight: Weight, mode: Mode, buffers: Mapping[s
         quantize.quantize(x, weight.format, rule=weight.rule, hadamard=weight.hadamard, blocked=True, out=out)
         return out
     values, scale = buffers["values"], buffers.get("scale")
-    as_e4m3 = values.dtype == torch.float8_e4m3fn
-    if as_e4m3 or mode is W4A8:
+    if values.dtype == torch.float8_e4m3fn:
         assert scale is not None
         rows = RowQuantized(values, scale[:, None])
         if mode is W4A8:
-            quantize.quantize_fp8_rows(x, fragments=as_e4m3, out=rows)
+            quantize.quantize_fp8_rows(x, fragments=True, out=rows)
         else:
             quantize.fp4_as_e4m3(x, rule=weight.rule, hadamard=weight.hadamard, out=rows)
         return Activations(values, scale)
@@ -165,10 +168,9 @@ def _activation_buffers(mode: Mode, weight: Weight, m: int, device: Device) -> d
     if operand == "fp4":
         scales = prod(layouts.padded_shape(m, k // weight.format.block_size))
         return {"codes": ((m, k // 2), torch.uint8), "scales": ((scales,), weight.format.scale_dtype), **tensor_scale}
-    if operand == "e4m3" or mode is W4A8:
+    if operand == "e4m3":
         columns = weight.k if mode is W4A8 else _up(weight.k, weight.hadamard or 1)
-        dtype = torch.float8_e4m3fn if operand == "e4m3" else torch.bfloat16
-        return {"values": ((m, _up(columns, UNIT_K)), dtype), "scale": ((m,), torch.float32)}
+        return {"values": ((m, _up(columns, UNIT_K)), torch.float8_e4m3fn), "scale": ((m,), torch.float32)}
     scale: dict[str, Made] = {"scale": ((m,), torch.float32)} if tensor_scale else {}
     return {"values": ((m, k), torch.bfloat16), **tensor_scale, **scale}
 
@@ -337,8 +339,11 @@ def _check(x: torch.Tensor | Operand, weight: Weight, mode: Mode) -> None:
             raise ValueError(f"{mode} takes what `activations` made of x")
     elif mode.quantizes or mode is W4A16:
         raise ValueError(f"{mode} takes x as a tensor")
-    if isinstance(weight, PreparedWeight) and mode is W4A16 and isinstance(x, torch.Tensor) and not weight.fits(x.dtype):
-        raise ValueError(f"this weight was laid out to be multiplied as {weight.operand}, not as {x.dtype}")
+    if isinstance(weight, PreparedWeight):
+        if mode is W4A16 and isinstance(x, torch.Tensor) and not weight.fits(x.dtype):
+            raise ValueError(f"this weight was laid out to be multiplied as {weight.operand}, not as {x.dtype}")
+        if (mode is W4A8) != (weight.order is WordOrder.BYTES):
+            raise ValueError(f"this weight was not laid out for {mode}")
 
 
 def _rows(x: torch.Tensor | Operand) -> int:

@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fp4bench.kernels.unpack import assembly
-from fp4bench.kernels.weights import TILE_N, UNIT_K, PreparedWeight
+from fp4bench.kernels.weights import TILE_N, UNIT_K, PreparedWeight, WordOrder
 
 _FORMS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e4m3"}
 _WARPGROUP_ROWS = 64  # rows of one wgmma
@@ -206,7 +206,7 @@ def why_not(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: Prefil
     if x_dtype is torch.float8_e4m3fn and weight.format.has_tensor_scale:
         return "NVFP4 weights do not fit E4M3"
     if not weight.fits(x_dtype):
-        return f"the weight was prepared for {weight.operand}: its scales may spread too far for {x_dtype}"
+        return f"the weight was prepared for {weight.operand}, words in {weight.order}, not for {x_dtype}"
     if x_dtype.itemsize * config.depth < 128:
         return f"a step of {config.depth} columns of {x_dtype} is less than the 128 bytes that the tensor cores' layout has"
     if config.shared_bytes(x_dtype.itemsize, 2 if weight.format.has_tensor_scale else 1) > _SHARED_BYTES // config.ctas:
@@ -323,6 +323,7 @@ def _launch(
         "GROUP": config.group,
         "FORM": form,
         "TWO_LEVEL": two_level,
+        "IN_BYTES": weight.order is WordOrder.BYTES,
         "SHARED": schedule.shared > 0,
         "HAS_X_SCALE": x_scale is not None,
         "HAS_BIAS": bias is not None,
@@ -410,6 +411,7 @@ _BF16_NV = gl.constexpr(assembly("bf16", True)[0])
 _FP16_MX = gl.constexpr(assembly("fp16", False)[0])
 _FP16_NV = gl.constexpr(assembly("fp16", True)[0])
 _E4M3_MX, _EIGHT = (gl.constexpr(text) for text in assembly("e4m3", False))
+_E4M3_BYTES = gl.constexpr(assembly("e4m3", False, in_bytes=True)[0])
 _AS_BF16 = gl.constexpr((gl.bfloat16,) * 8)
 _AS_FP16 = gl.constexpr((gl.float16,) * 8)
 _AS_E4M3 = gl.constexpr((gl.float8e4nv,) * 8)
@@ -447,6 +449,7 @@ def _decode(
     UNITS: gl.constexpr,
     FORM: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
+    IN_BYTES: gl.constexpr,
     OPERAND: gl.constexpr,
 ):
     """Shared memory of words and scales -> (64 REPEATS, 64 UNITS) in the registers of the A operand. No data moves."""
@@ -460,7 +463,8 @@ def _decode(
     s, w = gl.broadcast(gl.expand_dims(gl.expand_dims(s, 3), 5), w)
     # Volatile, so that it stays before the wgmma that it is written before.
     if FORM == "e4m3":
-        q0, q1, q2, q3, q4, q5, q6, q7 = gl.inline_asm_elementwise(_E4M3_MX, _EIGHT, [w, s], _AS_E4M3, False, 4)
+        CODE: gl.constexpr = _E4M3_BYTES if IN_BYTES else _E4M3_MX
+        q0, q1, q2, q3, q4, q5, q6, q7 = gl.inline_asm_elementwise(CODE, _EIGHT, [w, s], _AS_E4M3, False, 4)
     elif FORM == "bf16":
         CODE: gl.constexpr = _BF16_NV if TWO_LEVEL else _BF16_MX
         q0, q1, q2, q3, q4, q5, q6, q7 = gl.inline_asm_elementwise(CODE, _SIXTEEN, [w, s], _AS_BF16, False, 4)
@@ -575,6 +579,7 @@ def _multiply(
     STAGES: gl.constexpr,
     FORM: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
+    IN_BYTES: gl.constexpr,
     OPERAND: gl.constexpr,
 ):
     """Decode a step and issue its products, without waiting for them."""
@@ -584,7 +589,7 @@ def _multiply(
     mbarrier.wait(full.index(stage), count // STAGES & 1)
     words = words_buffer.index(stage).slice(4 * REPEATS * WARPGROUP, 4 * REPEATS, 0)
     scales = scales_buffer.index(stage).slice(4 * REPEATS * WARPGROUP, 4 * REPEATS, 0)
-    w = _decode(words, scales, REPEATS, UNITS, FORM, TWO_LEVEL, OPERAND)
+    w = _decode(words, scales, REPEATS, UNITS, FORM, TWO_LEVEL, IN_BYTES, OPERAND)
     return hopper.warpgroup_mma(w, x_buffer.index(stage).permute((1, 0)), sums, is_async=True)
 
 
@@ -606,6 +611,7 @@ def _consume(
     GROUP: gl.constexpr,
     FORM: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
+    IN_BYTES: gl.constexpr,
     SHARED: gl.constexpr,
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -624,15 +630,17 @@ def _consume(
         sums = hopper.warpgroup_mma_init(gl.zeros([ROWS, COLUMNS], gl.float32, SUMS))
         # Two steps a turn, so that their operands have registers of their own; a step in advance where the rest would be odd.
         if (end - begin) % 2 == 0:
-            sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, OPERAND)
+            sums = _multiply(
+                buffers, barriers, count, sums, WARPGROUP, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, IN_BYTES, OPERAND
+            )
             sums = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(0, deps=(sums,)))
             _release(barriers, count, STAGES)
             count += 1
-        sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, OPERAND)
+        sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, IN_BYTES, OPERAND)
         for pair in range((end - begin - 1) // 2):
             for half in gl.static_range(2):
                 sums = _multiply(
-                    buffers, barriers, count + 1, sums, WARPGROUP, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, OPERAND
+                    buffers, barriers, count + 1, sums, WARPGROUP, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, IN_BYTES, OPERAND
                 )
                 sums = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(1, deps=(sums,)))
                 _release(barriers, count, STAGES)
@@ -667,9 +675,8 @@ def _collect(
     """Leave a partial sum in the workspace; who brings the last one of a tile gets all. -> (sums, whether they are all)."""
     ctas, shared, tiles, steps, n_tiles, m_tiles = schedule
     SIZE: gl.constexpr = ROWS * COLUMNS
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
-    columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, SUMS))
-    at = rows[:, None] * COLUMNS + columns[None, :]
+    y = _by_thread(y, ROWS, COLUMNS)
+    at = gl.arange(0, SIZE, y.type.layout)
     # The first CTA of a tile begins it, as its last piece: slot 1. The others end or cross it, as their first: slot 0.
     slot = 2 * gl.program_id(0) + gl.where(begin == 0, 1, 0)
     gl.store(partial + (slot * WARPGROUPS + WARPGROUP).to(gl.int64) * SIZE + at, y)
@@ -683,7 +690,24 @@ def _collect(
         for cta in range(first + 1, last + 1):
             y += gl.load(partial + (2 * cta * WARPGROUPS + WARPGROUP).to(gl.int64) * SIZE + at, cache_modifier=".cg")
         gl.store(counter, 0)
-    return y, complete
+    return _by_row(y, ROWS, COLUMNS, SUMS), complete
+
+
+@gluon.jit
+def _by_thread(y, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Sums (ROWS, COLUMNS) in the order that threads hold them: four of one lane, then its warp's lanes, so 512 bytes a store.
+
+    Bits of the index, the lowest first: column 0, row 3 (a lane's); columns 1, 2, rows 0 to 2 (lanes); rows 4 .., columns 3 ..
+    """
+    y = y.reshape([ROWS // 16, 2, 8, COLUMNS // 8, 4, 2])
+    return y.permute([3, 0, 2, 4, 1, 5]).reshape([ROWS * COLUMNS])
+
+
+@gluon.jit
+def _by_row(y, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SUMS: gl.constexpr):
+    """Inverse of `_by_thread`."""
+    y = y.reshape([COLUMNS // 8, ROWS // 16, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5])
+    return gl.convert_layout(y.reshape([ROWS, COLUMNS]), SUMS, assert_trivial=True)
 
 
 @gluon.jit
@@ -753,6 +777,7 @@ def _kernel(
     GROUP: gl.constexpr,
     FORM: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
+    IN_BYTES: gl.constexpr,
     SHARED: gl.constexpr,
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -780,7 +805,7 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
-                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
                 (_produce, load),
             ],
             [1],
@@ -790,9 +815,9 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
-                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
                 (_consume, (sides, 1, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
-                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
                 (_produce, load),
             ],
             [4, 1],
@@ -802,13 +827,13 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
-                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
                 (_consume, (sides, 1, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
-                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
                 (_consume, (sides, 2, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
-                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
                 (_consume, (sides, 3, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
-                              FORM, TWO_LEVEL, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
                 (_produce, load),
             ],
             [4, 4, 4, 1],

@@ -6,7 +6,7 @@ row 1 is g + 8) has the columns 16 j + 8 h + 2 t + e, e the half of register h. 
 16 j + 4 t + b, b = h + 2 e, which is `weights.E4M3_ORDER`.
 
 Integer operations and multiplications for the eight codes of a word, scales included (SASS, Triton 3.6): 15 in bfloat16 (17
-with NVFP4's scales), 22 in float16, 21 in E4M3.
+with NVFP4's scales), 22 in float16, 21 in E4M3, 10 in E4M3 of words in bytes.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,19 @@ FORMS = ("bf16", "fp16", "e4m3")
 _PAIR = "0x81C081C0"  # sign, two exponent bits and mantissa of a bfloat16 pair
 
 
-def assembly(form: str, two_level: bool, of_lane: bool = False) -> tuple[str, str]:
+def assembly(form: str, two_level: bool, of_lane: bool = False, in_bytes: bool = False) -> tuple[str, str]:
     """-> (PTX, constraints) of the operands: results, four words, four scale words (MXFP4: four times the same one).
 
     form: one of FORMS, the type of the results. two_level: NVFP4's scales, of 16 columns. of_lane: they are those of a lane's
-    columns, two words at a time, as `experts` has them: four times the same word too. Raises ValueError for NVFP4 as E4M3.
+    columns, two words at a time, as `experts` has them: four times the same word too. in_bytes: the order of the words is
+    `WordOrder.BYTES`. Raises ValueError for NVFP4 as E4M3, and for words in bytes as another form.
     """
+    if in_bytes and form != "e4m3":
+        raise ValueError(f"words in bytes are for E4M3, not for {form}")
     if form == "e4m3":
         if two_level:
             raise ValueError("NVFP4 does not fit E4M3")
-        return _eight_bits(), ",".join(["=&r"] * 8 + ["r"] * 8)
+        return _eight_bits(_bytes_of_bytes if in_bytes else _bytes), ",".join(["=&r"] * 8 + ["r"] * 8)
     return _sixteen_bits(form, two_level, of_lane), ",".join(["=&r"] * 16 + ["r"] * 8)
 
 
@@ -91,13 +94,13 @@ def _spread(row: int, scales: str, byte: int) -> str:
     return f"prmt.b32 t{row}, {scales}, 0, 0x4{byte}4{byte};"
 
 
-def _eight_bits() -> str:
+def _eight_bits(bytes_of_word: Callable[[str, str, str], list[str]]) -> str:
     """Codes as E4M3 value * 2**(6 - delta): the three bits of a magnitude pick one of 8 bytes, made for the block's delta."""
     lines = [".reg .b32 u, v, r2, r4, r6, l0, l1, h0, h1;"]
     for j in range(4):
         if j % 2 == 0:
             lines += _tables("$12", j)
-        lines += _bytes(f"${8 + j}", f"${2 * j}", f"${2 * j + 1}")
+        lines += bytes_of_word(f"${8 + j}", f"${2 * j}", f"${2 * j + 1}")
     return _block(lines)
 
 
@@ -134,6 +137,20 @@ def _bytes(word: str, low_row: str, high_row: str) -> list[str]:
         "prmt.b32 u, l1, h1, u;",
         f"lop3.b32 v, r6, {word}, 0x00FF00FF, {select};",
         f"lop3.b32 {high_row}, u, v, 0x80808080, {with_sign};",
+    ]
+
+
+def _bytes_of_bytes(word: str, low_row: str, high_row: str) -> list[str]:
+    """The same of a word in `WordOrder.BYTES`: each nibble picks its byte, row g from the low half."""
+    with_sign = _lut(lambda a, b, mask: a | (b & mask))
+    return [
+        f"and.b32 v, {word}, 0x77777777;",
+        "prmt.b32 u, l0, h0, v;",
+        f"shl.b32 r2, {word}, 4;",
+        f"lop3.b32 {low_row}, u, r2, 0x80808080, {with_sign};",
+        "shr.u32 v, v, 16;",
+        "prmt.b32 u, l1, h1, v;",
+        f"lop3.b32 {high_row}, u, {word}, 0x80808080, {with_sign};",
     ]
 
 

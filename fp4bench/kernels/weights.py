@@ -17,6 +17,13 @@ code 1 is a subnormal) cost two or three integer operations, nine for eight code
     M = 0x81C081C0: sign, the two low bits of the exponent and the first of the mantissa in both halves
     a0 = (w << 6) & M    a1 = (w << 2) & M    a2 = rotate_right(w, 4) & M    a3 = (w & 0x81808180) | ((w >> 8) & 0x00400040)
 
+That is the order `HALVES`. Taken apart to E4M3 it costs 18 operations, as many as leave the tensor cores waiting at twice the
+rate of bfloat16. So a weight that is multiplied as E4M3 alone has its words in the order `BYTES`, which costs seven: the three
+bits of a magnitude are a nibble of the word, those of row g in its low half, and pick one of eight bytes by `prmt`.
+
+    v = w & 0x77777777
+    row g: prmt(table, v) | ((w << 4) & 0x80808080)    row g + 8: prmt(table, v >> 16) | (w & 0x80808080)
+
 Scales are stored so that one shift, or a shift and an addition, makes the bfloat16 or float16 that a pair is multiplied with:
 
 MXFP4: a row's scales relative to the largest of them, `base`: with delta = base - scale the byte is 254 - delta, as the
@@ -34,6 +41,8 @@ A row that has a NaN block has the row scale NaN: its product with anything is N
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
 from math import lcm
 
 import torch
@@ -45,14 +54,33 @@ from fp4bench.quantize import Quantized
 TILE_N = 16  # rows of a tile
 UNIT_K = 64  # columns of a unit
 
-# Bits of a code (mantissa, two of exponent, sign) in a word: [pair][column of the pair]. The sign of pair 2 is in the other
-# half, from where the rotation by 4 brings it to its place.
-CODE_BITS = (
-    ((0, 1, 2, 9), (16, 17, 18, 25)),
-    ((4, 5, 6, 13), (20, 21, 22, 29)),
-    ((10, 11, 12, 19), (26, 27, 28, 3)),
-    ((14, 7, 8, 15), (30, 23, 24, 31)),
-)
+
+class WordOrder(Enum):
+    """Where the bits of eight codes are in a word: for pairs of 16-bit values, or for four E4M3 values."""
+
+    HALVES = "halves"
+    BYTES = "bytes"
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+# Bits of a code (mantissa, two of exponent, sign) in a word: [pair][column of the pair]. HALVES: the sign of pair 2 is in the
+# other half, from where the rotation by 4 brings it to its place. BYTES: byte b = h + 2 e is column e of pair 2 h or 2 h + 1.
+CODE_BITS = {
+    WordOrder.HALVES: (
+        ((0, 1, 2, 9), (16, 17, 18, 25)),
+        ((4, 5, 6, 13), (20, 21, 22, 29)),
+        ((10, 11, 12, 19), (26, 27, 28, 3)),
+        ((14, 7, 8, 15), (30, 23, 24, 31)),
+    ),
+    WordOrder.BYTES: (
+        ((0, 1, 2, 3), (8, 9, 10, 19)),
+        ((16, 17, 18, 7), (24, 25, 26, 23)),
+        ((4, 5, 6, 11), (12, 13, 14, 27)),
+        ((20, 21, 22, 15), (28, 29, 30, 31)),
+    ),
+}
 
 # Largest delta of an MXFP4 scale (see above) by the type that the weight is multiplied in.
 WINDOWS = {torch.bfloat16: 126, torch.float16: 24, torch.float8_e4m3fn: 11}
@@ -84,6 +112,7 @@ class PreparedWeight:
     base: uint8 (16 tiles), the E8M0 byte that a row's scales are relative to; None for NVFP4.
     tensor_scale: float32 (), NVFP4's encode scale S, which `row_scale` has in it; None for MXFP4.
     operand: the type of `WINDOWS` with the smallest window that the scales are sure to fit in.
+    order: that of the words. BYTES is for E4M3 alone.
     rest: the blocks that did not fit, as a second weight of the same shape: y is the sum of both products. Usually None.
     """
 
@@ -99,6 +128,7 @@ class PreparedWeight:
     k: int
     operand: torch.dtype
     rest: "PreparedWeight | None" = None
+    order: WordOrder = WordOrder.HALVES
 
     def __post_init__(self) -> None:
         tiles, units = -(-self.n // TILE_N), -(-_padded_k(self) // UNIT_K)
@@ -136,24 +166,29 @@ class PreparedWeight:
         return self.words.shape[1]
 
     def fits(self, operand: torch.dtype) -> bool:
-        """Whether the weight is exact when it is multiplied as `operand`: it was prepared for it, or for a narrower one."""
+        """Whether the weight can be multiplied as `operand`, exactly: it was prepared for it, or for a narrower one."""
+        if self.order is WordOrder.BYTES and operand is not torch.float8_e4m3fn:
+            return False
         return self.format.has_tensor_scale or WINDOWS[self.operand] <= WINDOWS[operand]
 
 
-def prepare(q: Quantized, operand: torch.dtype = torch.bfloat16) -> PreparedWeight:
+def prepare(q: Quantized, operand: torch.dtype = torch.bfloat16, order: WordOrder = WordOrder.HALVES) -> PreparedWeight:
     """Lay a quantized weight (n, k) out for the kernels, on its device. Codes under a rotation stay rotated.
 
     operand: the narrowest type of `WINDOWS` that the weight will be multiplied in. It decides what goes to `rest`.
+    order: of the words; BYTES for a weight that will be multiplied as E4M3 alone.
 
     Waits for the GPU: what does not fit must be known. Takes some 0.2 GB beside the weight and its copy.
-    Raises ValueError for a tensor that is no matrix, a negative NVFP4 scale, or NVFP4 as E4M3 (its scale has no room there).
+    Raises ValueError for a tensor that is no matrix, a negative NVFP4 scale, NVFP4 as E4M3 (its scale has no room there), or
+    words in bytes for another type.
     """
     if len(q.shape) != 2:
         raise ValueError(f"a weight is a matrix (n, k), not a tensor of shape {q.shape}")
     if operand not in WINDOWS or (q.format.has_tensor_scale and operand is torch.float8_e4m3fn):
         raise ValueError(f"a {q.format} weight cannot be multiplied as {operand}")
-    prepare_format = _prepare_two_level if q.format.has_tensor_scale else _prepare_e8m0
-    return prepare_format(q, operand)
+    if order is WordOrder.BYTES and operand is not torch.float8_e4m3fn:
+        raise ValueError(f"words in bytes are for E4M3, not for {operand}")
+    return _prepare_two_level(q, operand) if q.format.has_tensor_scale else _prepare_e8m0(q, operand, order)
 
 
 def restore(weight: PreparedWeight) -> Quantized:
@@ -183,7 +218,7 @@ def restore(weight: PreparedWeight) -> Quantized:
 # --- Codes ------------------------------------------------------------------------------------------------------------------
 
 
-def to_words(codes: torch.Tensor) -> torch.Tensor:
+def to_words(codes: torch.Tensor, order: WordOrder = WordOrder.HALVES) -> torch.Tensor:
     """Codes in fragment order. uint8 (16 tiles, 32 units), two a byte -> int32 (tiles, units, 32 lanes, 4)."""
     rows, row_bytes = codes.shape
     tiles, units = rows // TILE_N, row_bytes // (UNIT_K // 2)
@@ -192,31 +227,28 @@ def to_words(codes: torch.Tensor) -> torch.Tensor:
     for part in _chunks(tiles, TILE_N * row_bytes):
         pairs = codes[TILE_N * part.start : TILE_N * part.stop].reshape(-1, 2, 8, units, 4, 2, 4)
         in_order = pairs.permute(0, 3, 2, 6, 4, 5, 1).contiguous().flatten(-2).view(torch.int32)
-        words[part] = _move_bits(in_order, _MOVES).reshape(-1, units, 32, 4)
+        words[part] = _move_bits(in_order, _moves(order)).reshape(-1, units, 32, 4)
     return words
 
 
-def from_words(words: torch.Tensor) -> torch.Tensor:
+def from_words(words: torch.Tensor, order: WordOrder = WordOrder.HALVES) -> torch.Tensor:
     """Inverse of `to_words`. int32 (tiles, units, 32 lanes, 4) -> uint8 (16 tiles, 32 units)."""
     tiles, units = words.shape[:2]
-    pairs = _move_bits(words, _MOVES_BACK).view(torch.uint8).reshape(tiles, units, 8, 4, 4, 2, 2)
+    pairs = _move_bits(words, _moves(order, back=True)).view(torch.uint8).reshape(tiles, units, 8, 4, 4, 2, 2)
     return pairs.permute(0, 6, 2, 1, 4, 5, 3).reshape(TILE_N * tiles, UNIT_K // 2 * units)
 
 
-def _moves(positions: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """(mask, shift to the left) for each distance that bits move, from (old, new) bit positions."""
+@lru_cache
+def _moves(order: WordOrder, back: bool = False) -> tuple[tuple[int, int], ...]:
+    """(mask, shift to the left) for each distance that bits move, from a word whose byte p is pair p, the even column low."""
     masks: dict[int, int] = {}
-    for old, new in positions:
-        masks[new - old] = masks.get(new - old, 0) | 1 << old
+    for pair, columns in enumerate(CODE_BITS[order]):
+        for column, bits in enumerate(columns):
+            for bit, new in enumerate(bits):
+                old = 8 * pair + 4 * column + bit
+                start, end = (new, old) if back else (old, new)
+                masks[end - start] = masks.get(end - start, 0) | 1 << start
     return tuple((mask, shift) for shift, mask in masks.items())
-
-
-# From a word whose byte p is pair p, the even column in the low nibble.
-_POSITIONS = [
-    (8 * pair + 4 * column + bit, CODE_BITS[pair][column][bit]) for pair in range(4) for column in range(2) for bit in range(4)
-]
-_MOVES = _moves(_POSITIONS)
-_MOVES_BACK = _moves([(new, old) for old, new in _POSITIONS])
 
 
 def _move_bits(x: torch.Tensor, moves: tuple[tuple[int, int], ...]) -> torch.Tensor:
@@ -231,14 +263,19 @@ def _move_bits(x: torch.Tensor, moves: tuple[tuple[int, int], ...]) -> torch.Ten
 # --- Scales -----------------------------------------------------------------------------------------------------------------
 
 
-def _prepare_e8m0(q: Quantized, operand: torch.dtype) -> PreparedWeight:
+def _prepare_e8m0(q: Quantized, operand: torch.dtype, order: WordOrder) -> PreparedWeight:
     codes, scale_bytes = _padded(q)
     nan_rows = (scale_bytes == scales.E8M0_NAN).any(dim=1)
-    return _prepare_in_window(q, codes, scale_bytes, nan_rows, operand)
+    return _prepare_in_window(q, codes, scale_bytes, nan_rows, operand, order)
 
 
 def _prepare_in_window(
-    q: Quantized, codes: torch.Tensor, scale_bytes: torch.Tensor, nan_rows: torch.Tensor, operand: torch.dtype
+    q: Quantized,
+    codes: torch.Tensor,
+    scale_bytes: torch.Tensor,
+    nan_rows: torch.Tensor,
+    operand: torch.dtype,
+    order: WordOrder,
 ) -> PreparedWeight:
     """The weight of all blocks within the window below their row's largest scale; the others are its `rest`."""
     is_nan = scale_bytes == scales.E8M0_NAN
@@ -250,13 +287,14 @@ def _prepare_in_window(
     rest = None
     if outside.any():
         far = _only(codes, outside, q.format)
-        rest = _prepare_in_window(q, far, torch.where(outside, scale_bytes, 0), torch.zeros_like(nan_rows), operand)
+        far_scales = torch.where(outside, scale_bytes, 0)
+        rest = _prepare_in_window(q, far, far_scales, torch.zeros_like(nan_rows), operand, order)
         codes = codes ^ far
     stored = torch.where(is_nan, _NAN, _SAME_SCALE - torch.where(outside, 0, delta)).to(torch.uint8)
     row_scale = scales.e8m0_decode(base.to(torch.uint8)) * 2.0**-_MX_GAIN_BITS
     row_scale /= torch.full((), q.rule.gain, device=codes.device)  # by a number of the CPU it would round twice
     return PreparedWeight(
-        to_words(codes),
+        to_words(codes, order),
         _to_scale_words(stored, UNIT_K // q.format.block_size),
         row_scale.masked_fill(nan_rows, torch.nan),
         base.to(torch.uint8),
@@ -268,6 +306,7 @@ def _prepare_in_window(
         q.k,
         operand,
         rest,
+        order,
     )
 
 
@@ -297,7 +336,7 @@ def _prepare_two_level(q: Quantized, operand: torch.dtype) -> PreparedWeight:
 
 def _restored(part: PreparedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scale bytes of one weight without its `rest` or padding. -> uint8 (n, k padded / 2), uint8 (n, blocks)."""
-    codes = from_words(part.words)[: part.n, : _padded_k(part) // 2]
+    codes = from_words(part.words, part.order)[: part.n, : _padded_k(part) // 2]
     stored = _from_scale_words(part.scales)[: part.n, : _padded_k(part) // part.format.block_size]
     if part.base is None:
         return codes, _lookup(_e4m3_of_e5m3(), stored)

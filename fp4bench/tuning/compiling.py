@@ -16,7 +16,7 @@ from fp4bench.kernels.configs import Launch, Work
 from fp4bench.kernels.decode import DecodeConfig
 from fp4bench.kernels.prefill import PrefillConfig
 from fp4bench.kernels.weights import TILE_N, UNIT_K, PreparedWeight
-from fp4bench.tuning.product import OPERANDS, workspace_bytes
+from fp4bench.tuning.product import OPERANDS, ORDERS, workspace_bytes
 
 Job = tuple[Work, Launch]
 
@@ -101,4 +101,5 @@ def _unread_weight(work: Work) -> PreparedWeight:
         n=work.n,
         k=work.k,
         operand=OPERANDS[work.operand],
+        order=ORDERS[work.operand],
     )

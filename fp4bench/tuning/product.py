@@ -14,7 +14,7 @@ from fp4bench.kernels.configs import Launch, Work
 from fp4bench.kernels.decode import DecodeConfig
 from fp4bench.kernels.prefill import PrefillConfig
 from fp4bench.kernels.quantize import quantize_fp8_rows
-from fp4bench.kernels.weights import PreparedWeight
+from fp4bench.kernels.weights import PreparedWeight, WordOrder
 from fp4bench.quantize import decode as values_of
 from fp4bench.quantize import quantize
 from fp4bench.timing.clock import Call, Clock
@@ -23,6 +23,7 @@ from fp4bench.timing.pacing import PACED
 from fp4bench.tuning.search import WrongOutputError
 
 OPERANDS = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
+ORDERS = {"bf16": WordOrder.HALVES, "e4m3": WordOrder.BYTES}
 
 # In haste: three samples without a rest. At the power cap launches keep their order well enough for who goes on.
 _HASTE = replace(PACED, gap_seconds=0.0, most_gap_seconds=0.0, fewest=3, most=3)
@@ -62,7 +63,7 @@ class Products:
         generator = torch.Generator(self._device.torch_name).manual_seed(n)
         w = torch.randn(n, k, generator=generator, device=self._device.torch_name).mul_(k**-0.5)
         q = quantize(w, FORMATS[format_name])
-        weight = weights.prepare(q, OPERANDS[operand] if operand == "e4m3" else torch.bfloat16)
+        weight = weights.prepare(q, OPERANDS[operand], ORDERS[operand])
         if weight.rest is not None:
             raise ValueError(f"random {format_name} weights do not fit {operand}")
         more = range(1, self._clocks[True].copies(_bytes(weight)))

@@ -43,7 +43,7 @@ def test_a_lane_has_eight_columns_that_stand_together():
     q = Quantized(codes, torch.full((16, 2), 127, dtype=torch.uint8), None, MXFP4, MXFP4.default_rule, None, 64)
     words = prepare_experts([replace(q, scales=q.scales.view(MXFP4.scale_dtype))], 1, gated=False).words
     assert words.nonzero().tolist() == [[0, 0, 0, 4 * 3 + 1, 1]]
-    assert words.abs().max() == sum(1 << bit for bit in weights.CODE_BITS[0][1][:3])
+    assert words.abs().max() == sum(1 << bit for bit in weights.CODE_BITS[weights.WordOrder.HALVES][0][1][:3])
 
 
 def test_an_nvfp4_scale_is_that_of_the_lanes_columns():

@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton")
 from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
 from fp4bench.kernels import prefill, weights  # noqa: E402
 from fp4bench.kernels.prefill import PrefillConfig, Schedule  # noqa: E402
+from fp4bench.kernels.weights import WordOrder  # noqa: E402
 from fp4bench.quantize import decode_fp8_rows, quantize, quantize_fp8_rows  # noqa: E402
 from fp4bench.reference import values  # noqa: E402
 
@@ -73,7 +74,7 @@ def test_a_copy_of_x_does_not_lie_on_the_counters_of_other_products(streamed):
     assert not workspace[: prefill.COUNTER_BYTES].any()
 
 
-def compiled(form, fmt, config):
+def compiled(form, fmt, config, in_bytes=False, shared=True):
     """The kernel as it is compiled for sm_90a and contiguous operands."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -101,7 +102,8 @@ def compiled(form, fmt, config):
         "GROUP": config.group,
         "FORM": form,
         "TWO_LEVEL": fmt.has_tensor_scale,
-        "SHARED": True,
+        "IN_BYTES": in_bytes,
+        "SHARED": shared,
         "HAS_X_SCALE": form == "e4m3",
         "HAS_BIAS": False,
         "REGISTERS": config.consumer_registers,
@@ -140,10 +142,12 @@ def stack_bytes(binary, tmp_path):
         ("bf16", MXFP4, prefill.default_config(1024), "m64n128k16"),
         ("bf16", MXFP4, PrefillConfig(columns=64, rows=256, warpgroups=4), "m64n64k16"),
         ("e4m3", MXFP4, PrefillConfig(columns=128, depth=128), "m64n128k32"),
+        ("bytes", MXFP4, PrefillConfig(columns=64, depth=128), "m64n64k32"),
     ],
 )
 def test_it_compiles_to_wgmma_with_weights_in_registers(form, fmt, config, shape, tmp_path):
-    kernel = compiled(form, fmt, config)
+    form, in_bytes = ("e4m3", True) if form == "bytes" else (form, False)
+    kernel = compiled(form, fmt, config, in_bytes)
     ptx = kernel.asm["ptx"]
     products = re.findall(rf"wgmma\.mma_async\.sync\.aligned\.{shape}\.f32\.{form}\.{form} \{{[^}}]*\}}, (.)", ptx)
     assert products
@@ -166,6 +170,10 @@ CASES = [
     ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=128, rows=256)),
     ("e4m3", MXFP4, 256, 512, 64, PrefillConfig(columns=64, depth=128)),
     ("e4m3", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
+    ("bytes", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
+    ("bytes", MXFP4, 1000, 1024, 7, PrefillConfig(columns=8, rows=64, depth=256, warpgroups=1, ctas=2)),
+    ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128)),
+    ("bytes", MXFP4, 1000, 1024, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
     *(("bf16", fmt, 1000, 1056, m, prefill.default_config(m)) for fmt in (MXFP4, NVFP4) for m in (17, 60, 100, 300)),
 ]
 
@@ -175,9 +183,10 @@ CASES = [
 @pytest.mark.parametrize(("form", "fmt", "n", "k", "m", "config"), CASES)
 def test_its_products_are_right_and_the_same_each_time(form, fmt, n, k, m, config):
     torch.manual_seed(n + k + m)
+    form, order = ("e4m3", WordOrder.BYTES) if form == "bytes" else (form, WordOrder.HALVES)
     dtype = next(dtype for dtype, name in prefill._FORMS.items() if name == form)
     q = quantize(torch.randn(n, k, device="cuda") * k**-0.5, fmt)
-    weight = weights.prepare(q, torch.bfloat16 if fmt.has_tensor_scale else dtype)
+    weight = weights.prepare(q, torch.bfloat16 if fmt.has_tensor_scale else dtype, order)
     x = torch.randn(m, k, device="cuda", dtype=torch.float16 if form == "fp16" else torch.bfloat16)
     x_scale, exact = None, x.double()
     if form == "e4m3":

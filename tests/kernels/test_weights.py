@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fp4bench.formats import MXFP4, NVFP4, ScaleRule, e2m1
-from fp4bench.kernels.weights import CODE_BITS, E4M3_ORDER, WINDOWS, PreparedWeight, prepare, restore
+from fp4bench.kernels.weights import CODE_BITS, E4M3_ORDER, WINDOWS, PreparedWeight, WordOrder, prepare, restore
 from fp4bench.quantize import Quantized, decode, quantize
 
 FORMATS = [MXFP4, NVFP4]
@@ -64,6 +64,22 @@ def test_restore_gives_contract_blocks_back(fmt, operand):
             assert same_bytes(restore(prepare(q, operand)), q if fmt is MXFP4 else without_meaningless_codes(q)), block
 
 
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_words_in_bytes_give_the_bytes_back(n, k):
+    q = quantize(wild(n, k), MXFP4)
+    weight = prepare(q, torch.float8_e4m3fn, WordOrder.BYTES)
+    assert {part.order for part in parts(weight)} == {WordOrder.BYTES}
+    assert same_bytes(restore(weight), q)
+
+
+def test_words_in_bytes_are_for_e4m3_alone():
+    q = quantize(torch.ones(2, 32), MXFP4)
+    weight = prepare(q, torch.float8_e4m3fn, WordOrder.BYTES)
+    assert [weight.fits(operand) for operand in WINDOWS] == [False, False, True]
+    with pytest.raises(ValueError, match="words in bytes"):
+        prepare(q, torch.bfloat16, WordOrder.BYTES)
+
+
 @each_format
 def test_every_code_survives_in_every_place(fmt):
     codes = torch.randint(0, 256, (32, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -91,23 +107,28 @@ def test_a_rotated_weight_stays_rotated(fmt):
 # --- Bits and order ---------------------------------------------------------------------------------------------------------
 
 
-def code_at(words, n, column):
+each_order = pytest.mark.parametrize("order", WordOrder, ids=str)
+
+
+def code_at(words, order, n, column):
     """The code of (n, column) from `words`, as the module's text says where it is."""
     tile, unit, j = n // 16, column // 64, column % 64 // 16
     g, t = n % 8, column % 8 // 2
     pair = 2 * (column % 16 // 8) + n % 16 // 8
     word = int(words[tile, unit, 4 * g + t, j]) & 0xFFFFFFFF
-    return sum((word >> bit & 1) << i for i, bit in enumerate(CODE_BITS[pair][column % 2]))
+    return sum((word >> bit & 1) << i for i, bit in enumerate(CODE_BITS[order][pair][column % 2]))
 
 
-def test_codes_are_where_the_text_says():
+@each_order
+def test_codes_are_where_the_text_says(order):
     q = quantize(torch.randn(20, 130, generator=torch.Generator().manual_seed(0)), MXFP4)
-    words, codes = prepare(q).words, e2m1.unpack(q.codes)
-    assert [[code_at(words, n, c) for c in range(130)] for n in range(20)] == codes[:, :130].tolist()
+    words, codes = prepare(q, torch.float8_e4m3fn, order).words, e2m1.unpack(q.codes)
+    assert [[code_at(words, order, n, c) for c in range(130)] for n in range(20)] == codes[:, :130].tolist()
 
 
-def test_no_two_bits_of_a_word_share_a_place():
-    assert sorted(bit for pair in CODE_BITS for column in pair for bit in column) == list(range(32))
+@each_order
+def test_no_two_bits_of_a_word_share_a_place(order):
+    assert sorted(bit for pair in CODE_BITS[order] for column in pair for bit in column) == list(range(32))
 
 
 def test_scale_bytes_of_mxfp4_are_relative_to_their_row():

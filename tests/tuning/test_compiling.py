@@ -57,7 +57,8 @@ def test_what_is_compiled_is_what_is_launched(monkeypatch, work, launch):
     monkeypatch.setattr(prefill, "_sms", lambda device: H200.sm_count)
     compiling.compile_one(work, launch, H200)
     dtype = torch.float8_e4m3fn if work.operand == "e4m3" else torch.bfloat16
-    weight = weights.prepare(quantize(torch.randn(work.n, work.k), FORMATS[work.format]), dtype)
+    order = weights.WordOrder.BYTES if work.operand == "e4m3" else weights.WordOrder.HALVES
+    weight = weights.prepare(quantize(torch.randn(work.n, work.k), FORMATS[work.format]), dtype, order)
     x, out = torch.zeros(work.m, work.k).to(dtype), torch.empty(work.m, work.n, dtype=torch.bfloat16)
     if isinstance(launch, DecodeConfig):
         decode.gemm(x, weight, out, config=launch, pdl=True)
