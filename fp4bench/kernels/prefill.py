@@ -48,6 +48,11 @@ _REGISTERS = 65536  # of an SM
 _PRODUCER_REGISTERS = 24  # the fewest that setmaxnreg allows
 _FEWEST_STEPS = 4  # a share of a tile is not worth its partial sum below that
 
+# Weights that the CTAs of an SM ask the L2 for while the kernel before still makes x: 21 MB on 132 SMs, under half of the L2,
+# are 5 us of an H200's memory, about what it takes to quantize few rows. Beyond that many columns arithmetic counts, not bytes.
+_FAR_BYTES = 160 * 1024
+_FAR_COLUMNS = 64
+
 # The first bytes of a workspace, which counters take and leave zero, whatever the launch: 4 for each tile that is cut along k
 # and each warpgroup, and fewer tiles are than CTAs run at once. Enough for 256 SMs of 4 CTAs.
 COUNTER_BYTES = 8192
@@ -303,6 +308,7 @@ def _launch(
         weight.row_scale if bias is None else bias,
         partial,
         counters,
+        weight.words,
         m,
         weight.n,
         out.stride(0),
@@ -327,12 +333,19 @@ def _launch(
         "SHARED": schedule.shared > 0,
         "HAS_X_SCALE": x_scale is not None,
         "HAS_BIAS": bias is not None,
+        "FAR_STEPS": _far_steps(config) if pdl else 0,
         "REGISTERS": config.consumer_registers,
         "num_warps": 4,
         "launch_pdl": pdl,
         "maxnreg": config.registers,
     }
     return (schedule.ctas,), arguments, constants
+
+
+def _far_steps(config: PrefillConfig) -> int:
+    """Steps of a CTA's first piece, beyond those in shared memory, whose words are brought to the L2 early."""
+    step = config.rows * config.depth // 2
+    return _FAR_BYTES // config.ctas // step if config.columns <= _FAR_COLUMNS else 0
 
 
 def _check(x: torch.Tensor, weight: PreparedWeight, out: torch.Tensor, config: PrefillConfig) -> None:
@@ -405,6 +418,7 @@ def _carve(
 # --- Device code: layouts and decoding ---------------------------------------------------------------------------------------
 
 _WAIT = gl.constexpr("griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, $1;")
+_TO_L2 = gl.constexpr("{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, $2; }")
 
 _BF16_MX, _SIXTEEN = (gl.constexpr(text) for text in assembly("bf16", False))
 _BF16_NV = gl.constexpr(assembly("bf16", True)[0])
@@ -526,7 +540,20 @@ def _place(tile, schedule, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _produce(descriptors, buffers, barriers, schedule, STAGES: gl.constexpr, GROUP: gl.constexpr):
+def _bring_to_l2(weight, tile, first, end, TILES: gl.constexpr, WORDS: gl.constexpr):
+    """One warp: the words of steps [first, end) of a tile, which are contiguous in each 16 rows. TILES of those, WORDS a step."""
+    words, n, units = weight
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    row = tile * TILES + lane
+    start = first * (4 * WORDS)
+    size = gl.minimum(end * (4 * WORDS), units * 512) - start
+    size = gl.where((lane < TILES) & (row * 16 < n), size, 0)
+    at = words.to(gl.int64) + row.to(gl.int64) * units * 512 + start
+    gl.inline_asm_elementwise(_TO_L2, "=r,l,r,~{memory}", [at, size], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _produce(descriptors, weight, buffers, barriers, schedule, STAGES: gl.constexpr, GROUP: gl.constexpr, FAR: gl.constexpr):
     """One warp: fill free stages."""
     x_tiles, words, scales = descriptors
     x_buffer, words_buffer, scales_buffer = buffers
@@ -546,6 +573,9 @@ def _produce(descriptors, buffers, barriers, schedule, STAGES: gl.constexpr, GRO
         step = begin + stage
         tma.async_copy_global_to_shared(words, [at_n * TILES, step * WORDS], ready, words_buffer.index(stage))
         tma.async_copy_global_to_shared(scales, [at_n * TILES, step * SCALES], ready, scales_buffer.index(stage))
+    if FAR > 0:
+        far = gl.minimum(end, begin + early + FAR)
+        _bring_to_l2(weight, at_n, begin + early, gl.where(early > 0, far, 0), TILES, WORDS)
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [lane], dtype=gl.int32, is_pure=False, pack=1)
     for stage in range(early):
@@ -759,6 +789,7 @@ def _kernel(
     bias,
     partial,
     counters,
+    all_words,
     m,
     n,
     stride,
@@ -781,6 +812,7 @@ def _kernel(
     SHARED: gl.constexpr,
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    FAR_STEPS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     x_buffer = gl.allocate_shared_memory(x_tiles.dtype, [STAGES] + x_tiles.block_type.shape, x_tiles.layout)
@@ -797,7 +829,8 @@ def _kernel(
     schedule = (ctas, shared, tiles, steps, n_tiles, m_tiles)
     pointers = (out, row_scale, x_scale, bias, partial, counters)
     bounds = (m, n, stride)
-    load = ((x_tiles, words, scales), buffers, barriers, schedule, STAGES, GROUP)
+    weight = (all_words, n, words.shape[1] // 128)
+    load = ((x_tiles, words, scales), weight, buffers, barriers, schedule, STAGES, GROUP, FAR_STEPS)
     sides = (buffers, barriers, pointers, schedule, bounds, alpha)
     # The partitions are written out: tuples that hold FORM, a string, cannot be put together.
     # fmt: off

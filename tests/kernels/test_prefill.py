@@ -89,7 +89,7 @@ def compiled(form, fmt, config, in_bytes=False, shared=True):
         "scales": _described("i32", torch.empty(8, 4096, dtype=torch.int32), [tiles, per_unit * units], 0),
         "out": "*fp16" if form == "fp16" else "*bf16",
         **dict.fromkeys(("row_scale", "x_scale", "bias", "partial"), "*fp32"),
-        "counters": "*i32",
+        **dict.fromkeys(("counters", "all_words"), "*i32"),
         **dict.fromkeys(("m", "n", "stride", "ctas", "shared", "tiles", "steps", "n_tiles", "m_tiles"), "i32"),
         "alpha": "fp32",
     }
@@ -106,6 +106,7 @@ def compiled(form, fmt, config, in_bytes=False, shared=True):
         "SHARED": shared,
         "HAS_X_SCALE": form == "e4m3",
         "HAS_BIAS": False,
+        "FAR_STEPS": prefill._far_steps(config),
         "REGISTERS": config.consumer_registers,
     }
     names = prefill._kernel.arg_names
