@@ -541,7 +541,7 @@ def _place(tile, schedule, GROUP: gl.constexpr):
 
 @gluon.jit
 def _bring_to_l2(weight, tile, first, end, TILES: gl.constexpr, WORDS: gl.constexpr):
-    """One warp: the words of steps [first, end) of a tile, which are contiguous in each 16 rows. TILES of those, WORDS a step."""
+    """One warp: the words of steps [first, end) of a tile, contiguous in each of its TILES times 16 rows, WORDS a step."""
     words, n, units = weight
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     row = tile * TILES + lane
