@@ -24,6 +24,7 @@ tile of E4M3 in steps of 128, the best found at m >= 1024, spills 272 bytes, non
 E4M3: Hopper adds FP8 products with some 14 bits (`CUT_FP8_SUMS` of `fp4bench.problems`), bfloat16 and float16 ones in float32.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -42,6 +43,7 @@ from fp4bench.kernels.weights import TILE_N, UNIT_K, PreparedWeight, WordOrder
 
 _FORMS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e4m3"}
 _WARPGROUP_ROWS = 64  # rows of one wgmma
+_COLUMNS = (8, 16, 32, 64, 128, 256)
 _SHARED_BYTES = 227 * 1024  # of an SM, to one CTA
 _BARRIERS_AND_SCRATCH = 6 * 1024
 _REGISTERS = 65536  # of an SM
@@ -65,6 +67,7 @@ class PrefillConfig:
     rows, columns: the tile of a CTA, rows of W (n) and rows of x (m). depth: columns of k in a step.
     stages: steps that shared memory holds. warpgroups: 1, 2 or 4, which share the rows. ctas: CTAs an SM.
     group: m tiles that are worked on together, to share the L2. streamed: whether tiles are cut along k to fill all SMs.
+    tail: columns of the tiles for the rows of W that fill no whole round of CTAs, which get a launch of their own; 0: none.
     """
 
     rows: int = 128
@@ -75,11 +78,12 @@ class PrefillConfig:
     ctas: int = 1
     group: int = 8
     streamed: bool = True
+    tail: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("rows", (64, 128, 256)),
-            ("columns", (8, 16, 32, 64, 128, 256)),
+            ("columns", _COLUMNS),
             ("depth", (64, 128, 256)),
             ("warpgroups", (1, 2, 4)),
             ("ctas", (1, 2, 3, 4)),
@@ -92,6 +96,8 @@ class PrefillConfig:
             )
         if self.accumulators > 128:
             raise ValueError(f"a {self.rows} x {self.columns} tile takes {self.accumulators} registers a thread, more than 128")
+        if self.tail and self.tail not in _COLUMNS[: _COLUMNS.index(self.columns)]:
+            raise ValueError(f"a tail is narrower than {self.columns} columns and one of {_COLUMNS}, not {self.tail}")
         if self.stages < 2 or self.group < 1:
             raise ValueError(f"at least 2 stages and 1 m tile a group, not {self.stages} and {self.group}")
 
@@ -201,7 +207,28 @@ def candidates(m: int, x_itemsize: int, scales_per_byte: int) -> list[PrefillCon
             made = PrefillConfig(rows, columns, depth, 2, warpgroups, ctas, group)
             most = min(6, made.most_stages(x_itemsize, scales_per_byte))
             found += [replace(made, stages=most, streamed=streamed) for streamed in (True, False) if most > 1]
+            if most > 1 and columns == 256 and m > columns:  # else a tile is all columns, and a tail decodes W again
+                found += [replace(made, stages=most, streamed=streamed, tail=tail) for streamed, tail in _TAILS]
     return [config for config in found if config.has_registers(x_itemsize)]
+
+
+_TAILS = ((False, 64), (False, 128), (True, 128))
+
+
+def shares(m: int, weight: PreparedWeight, config: PrefillConfig, sms: int) -> list[tuple[int, int, PrefillConfig]]:
+    """The launches of a product: (first, last) of W's tiles of 16 rows, and how they are launched.
+
+    A product is one launch, or two where the configuration has a tail: rows whose tiles fill whole rounds of CTAs, then the
+    others in narrower tiles. On an H200 qkv of Llama-3.3-70B at m = 512 is 1.2 rounds of 128 x 256.
+    """
+    alone = replace(config, tail=0)
+    n_tiles, m_tiles = ceil(weight.tiles * TILE_N / config.rows), ceil(m / config.columns)
+    ctas = sms * config.ctas
+    whole = n_tiles * m_tiles // ctas * ctas // m_tiles
+    if not config.tail or not 0 < whole < n_tiles:
+        return [(0, weight.tiles, alone)]
+    end = whole * (config.rows // TILE_N)
+    return [(0, end, replace(alone, streamed=False)), (end, weight.tiles, replace(alone, columns=config.tail))]
 
 
 def why_not(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: PrefillConfig) -> str | None:
@@ -226,8 +253,11 @@ def fits(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: PrefillCo
 
 def workspace_bytes(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: PrefillConfig, sms: int) -> int:
     """Bytes of workspace that `gemm` needs: partial sums, counters, and a copy of x whose rows TMA cannot read."""
-    schedule = Schedule.of(m, weight.tiles, weight.units, config, sms)
-    return sum(_sizes(m, weight, x_dtype, schedule, config))
+    schedules = [
+        (Schedule.of(m, last - first, weight.units, launch, sms), launch)
+        for first, last, launch in shares(m, weight, config, sms)
+    ]
+    return max(sum(_sizes(m, weight, x_dtype, schedule, launch)) for schedule, launch in schedules)
 
 
 def gemm(
@@ -255,8 +285,10 @@ def gemm(
     """
     _check(x, weight, out, config)
     if x.shape[0]:
-        grid, arguments, constants = _launch(x, weight, out, config, workspace, x_scale, alpha, bias, pdl, _sms(x.device))
-        _kernel[grid](*arguments, **constants)
+        sms = _sms(x.device)
+        for part, into, of_bias, launch in _cut_rows(x.shape[0], weight, out, bias, config, sms):
+            grid, arguments, constants = _launch(x, part, into, launch, workspace, x_scale, alpha, of_bias, pdl, sms)
+            _kernel[grid](*arguments, **constants)
     return out
 
 
@@ -273,8 +305,29 @@ def compile_only(
 ) -> None:
     """Put what `gemm` launches on a GPU of so many SMs into Triton's cache. The tensors are not read: any device will do."""
     _check(x, weight, out, config)
-    grid, arguments, constants = _launch(x, weight, out, config, workspace, x_scale, 1.0, None, pdl, sms)
-    _kernel.warmup(*arguments, grid=grid, **constants)
+    for part, into, _, launch in _cut_rows(x.shape[0], weight, out, None, config, sms):
+        grid, arguments, constants = _launch(x, part, into, launch, workspace, x_scale, 1.0, None, pdl, sms)
+        _kernel.warmup(*arguments, grid=grid, **constants)
+
+
+def _cut_rows(
+    m: int, weight: PreparedWeight, out: torch.Tensor, bias: torch.Tensor | None, config: PrefillConfig, sms: int
+) -> Iterator[tuple[PreparedWeight, torch.Tensor, torch.Tensor | None, PrefillConfig]]:
+    """Weight, output and bias of each launch of a product."""
+    for first, last, launch in shares(m, weight, config, sms):
+        if last - first == weight.tiles:
+            yield weight, out, bias, launch
+            continue
+        rows = slice(first * TILE_N, min(last * TILE_N, weight.n))
+        part = replace(
+            weight,
+            words=weight.words[first:last],
+            scales=weight.scales[first:last],
+            row_scale=weight.row_scale[first * TILE_N : last * TILE_N],
+            base=None if weight.base is None else weight.base[first * TILE_N : last * TILE_N],
+            n=rows.stop - rows.start,
+        )
+        yield part, out[:, rows], bias if bias is None else bias[rows], launch
 
 
 def _launch(

@@ -16,7 +16,7 @@ from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
 from fp4bench.kernels import prefill, weights  # noqa: E402
 from fp4bench.kernels.prefill import PrefillConfig, Schedule  # noqa: E402
 from fp4bench.kernels.weights import WordOrder  # noqa: E402
-from fp4bench.quantize import decode_fp8_rows, quantize, quantize_fp8_rows  # noqa: E402
+from fp4bench.quantize import decode, decode_fp8_rows, quantize, quantize_fp8_rows  # noqa: E402
 from fp4bench.reference import values  # noqa: E402
 
 
@@ -56,6 +56,7 @@ def test_no_share_of_the_cut_tiles_is_empty(k, ctas):
         ({"rows": 64}, "warpgroups"),
         ({"warpgroups": 4}, "warpgroups"),
         ({"rows": 256, "columns": 256}, "tile"),
+        ({"columns": 64, "tail": 64}, "tail"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(change, why):
@@ -157,6 +158,43 @@ def test_it_compiles_to_wgmma_with_weights_in_registers(form, fmt, config, shape
     assert stack_bytes(kernel, tmp_path) == 0
 
 
+@pytest.mark.parametrize(
+    ("n", "m", "launches"), [(10240, 512, 2), (8192, 512, 1), (10240, 256, 1), (1000, 600, 1), (57344, 1024, 2)]
+)
+def test_a_tail_takes_the_rows_that_fill_no_round(n, m, launches):
+    config = PrefillConfig(columns=256, tail=64)
+    weight = weights.prepare(quantize(torch.randn(n, 64), MXFP4))
+    parts = prefill.shares(m, weight, config, 132)
+    assert len(parts) == launches
+    assert [first for first, _, _ in parts] == [0, *(last for _, last, _ in parts[:-1])]
+    assert parts[-1][1] == weight.tiles
+    assert all(not launch.tail for _, _, launch in parts)
+    if launches == 2:
+        (first, last, whole), (_, _, tail) = parts
+        tiles = Schedule.of(m, last - first, 1, whole, 132).tiles
+        assert 0.97 < tiles / 132 / round(tiles / 132) <= 1
+        assert tail.columns == 64
+
+
+def test_both_launches_write_their_rows_of_the_output(monkeypatch):
+    """The kernel by a stand-in: rows of the weight, of the bias and of the output belong together."""
+    weight = weights.prepare(quantize(torch.randn(1032, 96), MXFP4))
+    x, bias = torch.randn(300, 96).bfloat16(), torch.randn(1032)
+    out = torch.full((300, 1032), torch.nan)
+
+    def launch(x, part, into, config, workspace, x_scale, alpha, of_bias, pdl, sms):
+        into.copy_(x.float() @ decode(weights.restore(part)).T + of_bias)
+        return (1,), (), {}
+
+    monkeypatch.setattr(prefill, "_launch", launch)
+    monkeypatch.setattr(prefill, "_sms", lambda device: 4)
+    config = PrefillConfig(columns=256, tail=64)
+    assert len(prefill.shares(300, weight, config, 4)) == 2
+    monkeypatch.setattr(prefill, "_kernel", {(1,): lambda: None})
+    prefill.gemm(x, weight, out, config=config, bias=bias)
+    torch.testing.assert_close(out, x.float() @ decode(weights.restore(weight)).T + bias)
+
+
 CASES = [
     ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64, streamed=False)),
     ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
@@ -174,6 +212,8 @@ CASES = [
     ("bytes", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
     ("bytes", MXFP4, 1000, 1024, 7, PrefillConfig(columns=8, rows=64, depth=256, warpgroups=1, ctas=2)),
     ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128)),
+    ("bytes", MXFP4, 10240, 1024, 512, PrefillConfig(columns=256, depth=128, streamed=False, tail=64)),
+    ("bf16", NVFP4, 10232, 1024, 1000, PrefillConfig(columns=256, tail=128)),
     ("bytes", MXFP4, 1000, 1024, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
     *(("bf16", fmt, 1000, 1056, m, prefill.default_config(m)) for fmt in (MXFP4, NVFP4) for m in (17, 60, 100, 300)),
 ]
