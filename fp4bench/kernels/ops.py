@@ -18,7 +18,7 @@ from fp4bench.kernels import gemm as products
 from fp4bench.kernels import quantize as quantizers
 from fp4bench.kernels.gemm import Weight
 from fp4bench.kernels.quantize import BlockedQuantized
-from fp4bench.kernels.weights import WINDOWS, PreparedWeight
+from fp4bench.kernels.weights import WINDOWS, PreparedWeight, WordOrder
 from fp4bench.problems import MODES
 
 _TENSORS = ("words", "scales", "row_scale", "base", "tensor_scale")  # of a PreparedWeight
@@ -31,7 +31,7 @@ def flatten(weight: Weight) -> tuple[list[torch.Tensor], str]:
         form["n"] = weight.codes.shape[0]
         tensors = [weight.codes, weight.scales, *([] if weight.tensor_scale is None else [weight.tensor_scale])]
         return tensors, json.dumps(form)
-    form |= {"n": weight.n, "operand": str(weight.operand), "parts": 0}
+    form |= {"n": weight.n, "operand": str(weight.operand), "order": str(weight.order), "parts": 0}
     tensors, part = [], weight
     while part is not None:
         tensors += [tensor for name in _TENSORS if (tensor := getattr(part, name)) is not None]
@@ -47,7 +47,7 @@ def unflatten(tensors: Sequence[torch.Tensor], form: str) -> Weight:
     if "operand" not in what:
         codes, scales, *rest = tensors
         return BlockedQuantized(codes, scales, rest[0] if rest else None, fmt, rule, what["hadamard"], what["k"])
-    operand = next(dtype for dtype in WINDOWS if str(dtype) == what["operand"])
+    operand, order = next(dtype for dtype in WINDOWS if str(dtype) == what["operand"]), WordOrder(what["order"])
     names = [name for name in _TENSORS if name != ("base" if fmt.has_tensor_scale else "tensor_scale")]
     if len(tensors) != what["parts"] * len(names):
         raise ValueError(f"{len(tensors)} tensors are no {fmt} weight of {what['parts']} parts")
@@ -55,7 +55,7 @@ def unflatten(tensors: Sequence[torch.Tensor], form: str) -> Weight:
     for start in reversed(range(0, len(tensors), len(names))):
         named: dict[str, Any] = dict.fromkeys(_TENSORS) | dict(zip(names, tensors[start:], strict=False))
         shape = {"n": what["n"], "k": what["k"], "hadamard": what["hadamard"]}
-        weight = PreparedWeight(**named, **shape, format=fmt, rule=rule, operand=operand, rest=weight)
+        weight = PreparedWeight(**named, **shape, format=fmt, rule=rule, operand=operand, rest=weight, order=order)
     assert weight is not None
     return weight
 

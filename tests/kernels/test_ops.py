@@ -1,5 +1,7 @@
 """The kernels as torch operators: what they say of themselves without a GPU, and on one that it holds."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from fp4bench.devices import Device, find_device  # noqa: E402
 from fp4bench.formats import MXFP4, NVFP4, ScaleRule, layouts  # noqa: E402
 from fp4bench.kernels import gemm, ops  # noqa: E402
+from fp4bench.kernels.weights import PreparedWeight  # noqa: E402
 from fp4bench.problems import MODES, W4A4, W4A8, W4A16  # noqa: E402
 from fp4bench.quantize import decode, quantize  # noqa: E402
 
@@ -29,7 +32,11 @@ def weight_of(mode=W4A16, format=MXFP4, device=H200, n=40, k=128, spread=False):
 )
 def test_a_weight_is_the_same_after_flattening(weight):
     tensors, form = ops.flatten(weight)
-    again, form_again = ops.flatten(ops.unflatten(tensors, form))
+    restored = ops.unflatten(tensors, form)
+    for field in fields(weight):
+        before, after = getattr(weight, field.name), getattr(restored, field.name)
+        assert isinstance(before, torch.Tensor | PreparedWeight) or before == after, field.name
+    again, form_again = ops.flatten(restored)
     assert form_again == form
     assert len(again) == len(tensors)
     assert all(a is b for a, b in zip(again, tensors, strict=True))
