@@ -67,6 +67,7 @@ class PrefillConfig:
     rows, columns: the tile of a CTA, rows of W (n) and rows of x (m). depth: columns of k in a step.
     stages: steps that shared memory holds. warpgroups: 1, 2 or 4, which share the rows. ctas: CTAs an SM.
     group: m tiles that are worked on together, to share the L2. streamed: whether tiles are cut along k to fill all SMs.
+    along_k: whether the warpgroups take steps of the same rows in turn, instead of rows of the same step.
     tail: columns of the tiles for the rows of W that fill no whole round of CTAs, which get a launch of their own; 0: none.
     """
 
@@ -78,6 +79,7 @@ class PrefillConfig:
     ctas: int = 1
     group: int = 8
     streamed: bool = True
+    along_k: bool = False
     tail: int = 0
 
     def __post_init__(self) -> None:
@@ -90,10 +92,11 @@ class PrefillConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {allowed}, not {getattr(self, name)}")
-        if self.rows < _WARPGROUP_ROWS * self.warpgroups:
-            raise ValueError(
-                f"{self.warpgroups} warpgroups need at least {_WARPGROUP_ROWS * self.warpgroups} rows, not {self.rows}"
-            )
+        least = _WARPGROUP_ROWS * self.warpgroups // self.split
+        if self.rows < least:
+            raise ValueError(f"{self.warpgroups} warpgroups need at least {least} rows, not {self.rows}")
+        if self.along_k and (self.warpgroups == 1 or self.columns > 64):
+            raise ValueError(f"{self.warpgroups} warpgroups cannot share the k of {self.columns} columns")
         if self.accumulators > 128:
             raise ValueError(f"a {self.rows} x {self.columns} tile takes {self.accumulators} registers a thread, more than 128")
         if self.tail and self.tail not in _COLUMNS[: _COLUMNS.index(self.columns)]:
@@ -102,9 +105,14 @@ class PrefillConfig:
             raise ValueError(f"at least 2 stages and 1 m tile a group, not {self.stages} and {self.group}")
 
     @property
+    def split(self) -> int:
+        """Warpgroups that share the k of the same rows."""
+        return self.warpgroups if self.along_k else 1
+
+    @property
     def accumulators(self) -> int:
         """Registers of a thread that hold sums."""
-        return self.rows * self.columns // (128 * self.warpgroups)
+        return self.rows * self.columns * self.split // (128 * self.warpgroups)
 
     @property
     def registers(self) -> int:
@@ -123,19 +131,25 @@ class PrefillConfig:
 
         ptxas (13.0) refuses a wgmma whose operands exceed the registers of the launch, whatever the consumers are given later.
         """
-        weights_of_a_step = self.rows * self.depth * x_itemsize // 4 // (128 * self.warpgroups)
+        weights_of_a_step = self.rows * self.depth * self.split * x_itemsize // 4 // (128 * self.warpgroups)
         needed = self.accumulators + 2 * weights_of_a_step + 40
         return needed <= self.consumer_registers and self.accumulators + 32 <= self.registers
 
     def most_stages(self, x_itemsize: int, scales_per_byte: int) -> int:
         """How many fit beside the other CTAs of an SM; bytes as `shared_bytes` takes them."""
-        one = self.shared_bytes(x_itemsize, scales_per_byte) - _BARRIERS_AND_SCRATCH
-        return (_SHARED_BYTES // self.ctas - _BARRIERS_AND_SCRATCH) * self.stages // one
+        rest = _BARRIERS_AND_SCRATCH + self._sums_bytes
+        one = self.shared_bytes(x_itemsize, scales_per_byte) - rest
+        return (_SHARED_BYTES // self.ctas - rest) * self.stages // one
 
     def shared_bytes(self, x_itemsize: int, scales_per_byte: int) -> int:
         """Shared memory of a CTA; scales_per_byte: 1 for MXFP4, 2 for NVFP4 scales of a k of 32."""
         words = self.rows * self.depth // 2 + self.rows * self.depth // 32 * scales_per_byte
-        return self.stages * (self.columns * self.depth * x_itemsize + words) + _BARRIERS_AND_SCRATCH
+        return self.stages * (self.columns * self.depth * x_itemsize + words) + _BARRIERS_AND_SCRATCH + self._sums_bytes
+
+    @property
+    def _sums_bytes(self) -> int:
+        """What warpgroups that share k hand over in shared memory: all but the first one's sums."""
+        return (self.split - 1) * self.rows * self.columns * 4
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,7 @@ class Schedule:
     def of(cls, m: int, tiles_16: int, units: int, config: PrefillConfig, sms: int) -> "Schedule":
         """The schedule of an m-row product with a weight of so many tiles of 16 rows and units of 64 columns."""
         n_tiles, m_tiles = ceil(tiles_16 * TILE_N / config.rows), ceil(m / config.columns)
-        tiles, steps = n_tiles * m_tiles, ceil(units * UNIT_K / config.depth)
+        tiles, steps = n_tiles * m_tiles, ceil(units * UNIT_K / (config.depth * config.split))
         ctas = sms * config.ctas
         if not config.streamed:
             return cls(min(ctas, tiles), 0, tiles, steps, n_tiles, m_tiles)
@@ -197,6 +211,10 @@ def candidates(m: int, x_itemsize: int, scales_per_byte: int) -> list[PrefillCon
             made = PrefillConfig(rows, covering, depth, 2, warpgroups, ctas)
             most = made.most_stages(x_itemsize, scales_per_byte)
             found += [replace(made, stages=stages) for stages in sorted({min(4, most), min(8, most)}) if stages > 1]
+        for (warpgroups, ctas), depth, streamed in product(((2, 1), (2, 2), (4, 1)), (least, 2 * least), (True, False)):
+            made = PrefillConfig(64, covering, depth, 2, warpgroups, ctas, streamed=streamed, along_k=True)
+            most = min(8, made.most_stages(x_itemsize, scales_per_byte))
+            found += [replace(made, stages=most)] if most > warpgroups else []
     else:
         shapes = [(128, 1, 1), (128, 2, 1), (256, 2, 1), (64, 1, 2)]
         groups = (8,) if m <= 256 else (4, 16)
@@ -374,10 +392,11 @@ def _launch(
         alpha,
     )
     constants = {
-        "REPEATS": config.rows // (_WARPGROUP_ROWS * config.warpgroups),
+        "REPEATS": config.rows * config.split // (_WARPGROUP_ROWS * config.warpgroups),
         "WARPGROUPS": config.warpgroups,
         "COLUMNS": config.columns,
         "UNITS": units_per_step,
+        "SPLIT": config.split,
         "STAGES": config.stages,
         "GROUP": config.group,
         "FORM": form,
@@ -606,8 +625,18 @@ def _bring_to_l2(weight, tile, first, end, TILES: gl.constexpr, WORDS: gl.conste
 
 
 @gluon.jit
-def _produce(descriptors, weight, buffers, barriers, schedule, STAGES: gl.constexpr, GROUP: gl.constexpr, FAR: gl.constexpr):
-    """One warp: fill free stages."""
+def _produce(
+    descriptors,
+    weight,
+    buffers,
+    barriers,
+    schedule,
+    SPLIT: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    FAR: gl.constexpr,
+):
+    """One warp: fill free stages. Each step of the schedule is one of each warpgroup, where they share k."""
     x_tiles, words, scales = descriptors
     x_buffer, words_buffer, scales_buffer = buffers
     full, empty = barriers
@@ -618,6 +647,7 @@ def _produce(descriptors, weight, buffers, barriers, schedule, STAGES: gl.conste
     SCALES: gl.constexpr = scales.block_type.shape[1]
     # The weights of the first stages do not wait for the kernel before, which x may come from.
     tile, begin, end = _piece(0, schedule)
+    begin, end = begin * SPLIT, end * SPLIT
     at_n, at_m = _place(tile, schedule, GROUP)
     early = gl.where(_pieces(schedule) > 0, gl.minimum(end - begin, STAGES), 0)
     for stage in range(early):
@@ -638,7 +668,7 @@ def _produce(descriptors, weight, buffers, barriers, schedule, STAGES: gl.conste
     for index in range(_pieces(schedule)):
         tile, begin, end = _piece(index, schedule)
         at_n, at_m = _place(tile, schedule, GROUP)
-        begin += gl.where(index == 0, early, 0)
+        begin, end = begin * SPLIT + gl.where(index == 0, early, 0), end * SPLIT
         for step in range(begin, end):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
@@ -690,6 +720,7 @@ def _consume(
     REPEATS: gl.constexpr,
     COLUMNS: gl.constexpr,
     UNITS: gl.constexpr,
+    SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     FORM: gl.constexpr,
@@ -699,46 +730,77 @@ def _consume(
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """One warpgroup: its rows of every tile of this CTA."""
-    buffers, barriers, pointers, schedule, bounds, alpha = sides
+    """One warpgroup: its rows of every tile of this CTA, or its share of their k."""
+    buffers, barriers, handover, pointers, schedule, bounds, alpha = sides
     out, row_scale, x_scale, bias, partial, counters = pointers
     ctas, shared, tiles, steps, n_tiles, m_tiles = schedule
     ROWS: gl.constexpr = 64 * REPEATS
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32 if FORM == "e4m3" else 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 4 if FORM == "e4m3" else 2)
-    count = 0
+    MEMBER: gl.constexpr = WARPGROUP if SPLIT == 1 else 0  # whose rows of the tile
+    count = 0 if SPLIT == 1 else WARPGROUP
     for index in range(_pieces(schedule)):
         tile, begin, end = _piece(index, schedule)
         at_n, at_m = _place(tile, schedule, GROUP)
         sums = hopper.warpgroup_mma_init(gl.zeros([ROWS, COLUMNS], gl.float32, SUMS))
         # Two steps a turn, so that their operands have registers of their own; a step in advance where the rest would be odd.
         if (end - begin) % 2 == 0:
-            sums = _multiply(
-                buffers, barriers, count, sums, WARPGROUP, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, IN_BYTES, OPERAND
-            )
+            sums = _multiply(buffers, barriers, count, sums, MEMBER, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, IN_BYTES, OPERAND)
             sums = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(0, deps=(sums,)))
             _release(barriers, count, STAGES)
-            count += 1
-        sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, IN_BYTES, OPERAND)
+            count += SPLIT
+        sums = _multiply(buffers, barriers, count, sums, MEMBER, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, IN_BYTES, OPERAND)
         for pair in range((end - begin - 1) // 2):
             for half in gl.static_range(2):
                 sums = _multiply(
-                    buffers, barriers, count + 1, sums, WARPGROUP, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, IN_BYTES, OPERAND
+                    buffers, barriers, count + SPLIT, sums, MEMBER, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, IN_BYTES, OPERAND
                 )
                 sums = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(1, deps=(sums,)))
                 _release(barriers, count, STAGES)
-                count += 1
+                count += SPLIT
         y = hopper.warpgroup_mma_wait(0, deps=(sums,))
         _release(barriers, count, STAGES)
-        count += 1
+        count += SPLIT
 
         complete = True
-        if SHARED:
-            if end - begin < steps:
-                y, complete = _collect(y, partial, counters, tile, begin, schedule, WARPGROUP, WARPGROUPS, ROWS, COLUMNS, SUMS)
-        if complete:
-            n0 = at_n * (ROWS * WARPGROUPS) + WARPGROUP * ROWS
-            _store(y, pointers, bounds, alpha, n0, at_m * COLUMNS, ROWS, COLUMNS, SUMS, FORM, HAS_X_SCALE, HAS_BIAS)
+        if SPLIT > 1:
+            y = _add_up(y, handover, index, WARPGROUP, WARPGROUPS, ROWS, COLUMNS, SUMS)
+            complete = WARPGROUP == 0
+        if WARPGROUP == MEMBER:
+            if SHARED:
+                if end - begin < steps:
+                    y, complete = _collect(
+                        y, partial, counters, tile, begin, schedule, MEMBER, WARPGROUPS // SPLIT, ROWS, COLUMNS, SUMS
+                    )
+            if complete:
+                n0 = at_n * (ROWS * (WARPGROUPS // SPLIT)) + MEMBER * ROWS
+                _store(y, pointers, bounds, alpha, n0, at_m * COLUMNS, ROWS, COLUMNS, SUMS, FORM, HAS_X_SCALE, HAS_BIAS)
+
+
+@gluon.jit
+def _add_up(
+    y,
+    handover,
+    index,
+    WARPGROUP: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SUMS: gl.constexpr,
+):
+    """The sums of warpgroups that share k, in the first one; of the others, nothing."""
+    buffer, ready, free = handover
+    y = _by_thread(y, ROWS, COLUMNS)
+    if WARPGROUP > 0:
+        mbarrier.wait(free.index(WARPGROUP - 1), (index & 1) ^ 1)
+        buffer.index(WARPGROUP - 1).store(y)
+        mbarrier.arrive(ready.index(WARPGROUP - 1), count=1)
+    else:
+        for other in gl.static_range(WARPGROUPS - 1):
+            mbarrier.wait(ready.index(other), index & 1)
+            y += buffer.index(other).load(y.type.layout)
+            mbarrier.arrive(free.index(other), count=1)
+    return _by_row(y, ROWS, COLUMNS, SUMS)
 
 
 @gluon.jit
@@ -857,6 +919,7 @@ def _kernel(
     WARPGROUPS: gl.constexpr,
     COLUMNS: gl.constexpr,
     UNITS: gl.constexpr,
+    SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     FORM: gl.constexpr,
@@ -875,7 +938,18 @@ def _kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=WARPGROUPS)
+        mbarrier.init(empty.index(stage), count=WARPGROUPS // SPLIT)
+    if SPLIT > 1:
+        SUMS_SIZE: gl.constexpr = 64 * REPEATS * COLUMNS
+        handed = gl.allocate_shared_memory(gl.float32, [SPLIT - 1, SUMS_SIZE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        ready = gl.allocate_shared_memory(gl.int64, [SPLIT - 1, 1], mbarrier.MBarrierLayout())
+        free = gl.allocate_shared_memory(gl.int64, [SPLIT - 1, 1], mbarrier.MBarrierLayout())
+        for other in gl.static_range(SPLIT - 1):
+            mbarrier.init(ready.index(other), count=1)
+            mbarrier.init(free.index(other), count=1)
+        handover = (handed, ready, free)
+    else:
+        handover = (full, full, full)  # not used
     hopper.fence_async_shared()
     buffers = (x_buffer, words_buffer, scales_buffer)
     barriers = (full, empty)
@@ -883,14 +957,14 @@ def _kernel(
     pointers = (out, row_scale, x_scale, bias, partial, counters)
     bounds = (m, n, stride)
     weight = (all_words, n, words.shape[1] // 128)
-    load = ((x_tiles, words, scales), weight, buffers, barriers, schedule, STAGES, GROUP, FAR_STEPS)
-    sides = (buffers, barriers, pointers, schedule, bounds, alpha)
+    load = ((x_tiles, words, scales), weight, buffers, barriers, schedule, SPLIT, STAGES, GROUP, FAR_STEPS)
+    sides = (buffers, barriers, handover, pointers, schedule, bounds, alpha)
     # The partitions are written out: tuples that hold FORM, a string, cannot be put together.
     # fmt: off
     if WARPGROUPS == 1:
         gl.warp_specialize(
             [
-                (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
                               FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
                 (_produce, load),
             ],
@@ -900,9 +974,9 @@ def _kernel(
     elif WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
                               FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
-                (_consume, (sides, 1, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                (_consume, (sides, 1, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
                               FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
                 (_produce, load),
             ],
@@ -912,13 +986,13 @@ def _kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
                               FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
-                (_consume, (sides, 1, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                (_consume, (sides, 1, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
                               FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
-                (_consume, (sides, 2, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                (_consume, (sides, 2, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
                               FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
-                (_consume, (sides, 3, WARPGROUPS, REPEATS, COLUMNS, UNITS, STAGES, GROUP,
+                (_consume, (sides, 3, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
                               FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
                 (_produce, load),
             ],

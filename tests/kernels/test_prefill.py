@@ -57,6 +57,8 @@ def test_no_share_of_the_cut_tiles_is_empty(k, ctas):
         ({"warpgroups": 4}, "warpgroups"),
         ({"rows": 256, "columns": 256}, "tile"),
         ({"columns": 64, "tail": 64}, "tail"),
+        ({"columns": 128, "along_k": True}, "share the k"),
+        ({"columns": 16, "warpgroups": 1, "along_k": True}, "share the k"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(change, why):
@@ -95,7 +97,8 @@ def compiled(form, fmt, config, in_bytes=False, shared=True):
         "alpha": "fp32",
     }
     constants = {
-        "REPEATS": config.rows // (64 * config.warpgroups),
+        "REPEATS": config.rows * config.split // (64 * config.warpgroups),
+        "SPLIT": config.split,
         "WARPGROUPS": config.warpgroups,
         "COLUMNS": config.columns,
         "UNITS": units,
@@ -145,6 +148,8 @@ def stack_bytes(binary, tmp_path):
         ("bf16", MXFP4, PrefillConfig(columns=64, rows=256, warpgroups=4), "m64n64k16"),
         ("e4m3", MXFP4, PrefillConfig(columns=128, depth=128), "m64n128k32"),
         ("bytes", MXFP4, PrefillConfig(columns=64, depth=128), "m64n64k32"),
+        ("bytes", MXFP4, PrefillConfig(rows=64, columns=32, depth=128, along_k=True), "m64n32k32"),
+        ("bf16", NVFP4, PrefillConfig(rows=64, columns=16, warpgroups=4, stages=8, along_k=True), "m64n16k16"),
     ],
 )
 def test_it_compiles_to_wgmma_with_weights_in_registers(form, fmt, config, shape, tmp_path):
@@ -205,6 +210,10 @@ CASES = [
     ("e4m3", MXFP4, 1000, 1024, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
     ("bf16", NVFP4, 136, 320, 129, PrefillConfig(columns=128)),
     ("bf16", MXFP4, 1024, 4096, 16, PrefillConfig(columns=16, rows=64, warpgroups=1, ctas=2)),
+    ("bf16", MXFP4, 1000, 1056, 13, PrefillConfig(rows=64, columns=16, along_k=True)),
+    ("bf16", NVFP4, 20480, 1000, 60, PrefillConfig(rows=64, columns=64, warpgroups=4, stages=5, streamed=False, along_k=True)),
+    ("bytes", MXFP4, 20480, 1000, 32, PrefillConfig(rows=64, columns=32, depth=128, stages=5, along_k=True)),
+    ("bytes", MXFP4, 8192, 2048, 8, PrefillConfig(rows=64, columns=8, depth=256, stages=3, ctas=2, along_k=True)),
     ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=256)),
     ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=128, rows=256)),
     ("e4m3", MXFP4, 256, 512, 64, PrefillConfig(columns=64, depth=128)),
