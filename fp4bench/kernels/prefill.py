@@ -97,6 +97,9 @@ class PrefillConfig:
             raise ValueError(f"{self.warpgroups} warpgroups need at least {least} rows, not {self.rows}")
         if self.along_k and (self.warpgroups == 1 or self.columns > 64):
             raise ValueError(f"{self.warpgroups} warpgroups cannot share the k of {self.columns} columns")
+        # A warpgroup that sees only some fills of a stage takes the one before last for its own: a barrier tells parity alone.
+        if self.stages % self.split:
+            raise ValueError(f"{self.split} warpgroups that share k need a multiple of {self.split} stages, not {self.stages}")
         if self.accumulators > 128:
             raise ValueError(f"a {self.rows} x {self.columns} tile takes {self.accumulators} registers a thread, more than 128")
         if self.tail and self.tail not in _COLUMNS[: _COLUMNS.index(self.columns)]:
@@ -212,8 +215,8 @@ def candidates(m: int, x_itemsize: int, scales_per_byte: int) -> list[PrefillCon
             most = made.most_stages(x_itemsize, scales_per_byte)
             found += [replace(made, stages=stages) for stages in sorted({min(4, most), min(8, most)}) if stages > 1]
         for (warpgroups, ctas), depth, streamed in product(((2, 1), (2, 2), (4, 1)), (least, 2 * least), (True, False)):
-            made = PrefillConfig(64, covering, depth, 2, warpgroups, ctas, streamed=streamed, along_k=True)
-            most = min(8, made.most_stages(x_itemsize, scales_per_byte))
+            made = PrefillConfig(64, covering, depth, warpgroups, warpgroups, ctas, streamed=streamed, along_k=True)
+            most = min(8, made.most_stages(x_itemsize, scales_per_byte)) // warpgroups * warpgroups
             found += [replace(made, stages=most)] if most > warpgroups else []
     else:
         shapes = [(128, 1, 1), (128, 2, 1), (256, 2, 1), (64, 1, 2)]
