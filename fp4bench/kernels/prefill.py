@@ -213,11 +213,12 @@ def candidates(m: int, x_itemsize: int, scales_per_byte: int) -> list[PrefillCon
             (256, 2, 1),
             (256, 4, 1),
         ]
-        for (rows, warpgroups, ctas), depth in product(shapes, (least, 2 * least)):
+        depths = sorted({least, 2 * least, 256})  # longer steps wait less often
+        for (rows, warpgroups, ctas), depth in product(shapes, depths):
             made = PrefillConfig(rows, covering, depth, 2, warpgroups, ctas)
             most = made.most_stages(x_itemsize, scales_per_byte)
             found += [replace(made, stages=stages) for stages in sorted({min(4, most), min(8, most)}) if stages > 1]
-        for (warpgroups, ctas), depth, streamed in product(((2, 1), (2, 2), (4, 1)), (least, 2 * least), (True, False)):
+        for (warpgroups, ctas), depth, streamed in product(((2, 1), (2, 2), (4, 1)), depths, (True, False)):
             made = PrefillConfig(64, covering, depth, warpgroups, warpgroups, ctas, streamed=streamed, along_k=True)
             most = min(8, made.most_stages(x_itemsize, scales_per_byte)) // warpgroups * warpgroups
             # Four stages leave room for a CTA of the next kernel, which then begins early.
