@@ -19,6 +19,8 @@ def run(text, operands):
     def read(name):
         if name in ("-1",) or re.fullmatch(r"0x[0-9a-fA-F]+|\d+", name):
             return np.full(32, int(name, 0) & 0xFFFFFFFF, dtype=np.uint32)
+        if name.startswith("0f"):  # a float32 by its bits
+            return np.full(32, int(name[2:], 16), dtype=np.uint32)
         return operands[int(name[1:])] if name.startswith("$") else registers[name]
 
     def write(name, value):
@@ -87,6 +89,30 @@ def _multiply(dtype):
     return multiply
 
 
+def _minmax(choose):
+    def of_pairs(a, b):
+        x, y = (torch.from_numpy(halves(r, torch.bfloat16).T.copy()) for r in (a, b))
+        return registers(choose(x, y), torch.bfloat16)
+
+    return of_pairs
+
+
+def _fma(a, b, c):
+    """Of bfloat16 pairs. float64 holds the sum of products of such numbers where they are less than 2**37 apart."""
+    x, y, z = (torch.from_numpy(halves(r, torch.bfloat16).T.copy()) for r in (a, b, c))
+    return registers(x * y + z, torch.bfloat16)
+
+
+def _float32(compute):
+    """On registers that hold a float32, or the float64 sum of an mma."""
+
+    def of_registers(*operands):
+        numbers = [r.astype(np.float32) if r.dtype == np.float64 else r.view(np.float32) for r in operands]
+        return compute(*numbers).view(np.uint32)
+
+    return of_registers
+
+
 def _prmt(a, b, selector):
     source = (b.astype(np.uint64) << np.uint64(32)) | a
     out = np.zeros(32, dtype=np.uint32)
@@ -124,12 +150,21 @@ _INSTRUCTIONS = {
     "shr.u32": lambda a, n: a >> n,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
     "add.u32": lambda a, b: (a + b).astype(np.uint32),
     "shf.r.wrap.b32": _funnel_right,
     "prmt.b32": _prmt,
     "lop3.b32": _lop3,
     "mul.rn.bf16x2": _multiply(torch.bfloat16),
     "mul.rn.f16x2": _multiply(torch.float16),
+    "min.bf16x2": _minmax(torch.minimum),
+    "max.bf16x2": _minmax(torch.maximum),
+    "fma.rn.bf16x2": _fma,
+    "max.u16x2": lambda a, b: np.maximum(a.view(np.uint16), b.view(np.uint16)).view(np.uint32),
+    "add.rn.f32": _float32(np.add),
+    "sub.rn.f32": _float32(np.subtract),
+    "mul.rn.f32": _float32(np.multiply),
+    "mov.b32": lambda a: a,
     "setp.ne.u32": lambda a, b: a != b,
     "selp.b32": lambda a, b, p: np.where(p, a, b),
     "shfl.sync.bfly.b32": _shuffle,

@@ -128,10 +128,10 @@ def activations(x: torch.Tensor, weight: Weight, mode: Mode) -> Operand:
     """x (m, k) as products of `mode` take it, in memory of its own."""
     made = _activation_buffers(mode, weight, x.shape[0], device_of(x))
     buffers = {name: torch.empty(shape, dtype=dtype, device=x.device) for name, (shape, dtype) in made.items()}
-    return _activations(x, weight, mode, buffers)
+    return _activations(x, weight, mode, buffers, pdl=False)
 
 
-def _activations(x: torch.Tensor, weight: Weight, mode: Mode, buffers: Mapping[str, torch.Tensor]) -> Operand:
+def _activations(x: torch.Tensor, weight: Weight, mode: Mode, buffers: Mapping[str, torch.Tensor], pdl: bool) -> Operand:
     if mode is W4A16:
         return Activations(x)
     if "codes" in buffers:
@@ -144,12 +144,12 @@ def _activations(x: torch.Tensor, weight: Weight, mode: Mode, buffers: Mapping[s
         assert scale is not None
         rows = RowQuantized(values, scale[:, None])
         if mode is W4A8:
-            quantize.quantize_fp8_rows(x, fragments=True, out=rows)
+            quantize.quantize_fp8_rows(x, fragments=True, out=rows, pdl=pdl)
         else:
-            quantize.fp4_as_e4m3(x, rule=weight.rule, hadamard=weight.hadamard, out=rows)
+            quantize.fp4_as_e4m3(x, rule=weight.rule, hadamard=weight.hadamard, out=rows, pdl=pdl)
         return Activations(values, scale)
     image = Image(values, buffers.get("tensor_scale"))
-    quantize.fp4_as_bf16(x, weight.format, rule=weight.rule, hadamard=weight.hadamard, out=image)
+    quantize.fp4_as_bf16(x, weight.format, rule=weight.rule, hadamard=weight.hadamard, out=image, pdl=pdl)
     if scale is not None and image.tensor_scale is not None:
         torch.reciprocal(image.tensor_scale.expand(len(scale)), out=scale)
     return Activations(values, scale)
@@ -196,8 +196,8 @@ def gemm(
     bias: float (n). out: bfloat16 or float16 (m, n), contiguous; default a new one of x's dtype.
     workspace: uint8, of `workspace_bytes`, its first `prefill.COUNTER_BYTES` zero before its first use, as they are afterwards
     (`new_workspace`), not used by anything else meanwhile; default a new one.
-    launch: default that of the tables. pdl: let a product read weights while the kernel before it runs; the weight must have
-    been complete before that one was launched.
+    launch: default that of the tables. pdl: let the kernels of a call begin while those before them run, as `overlap` says; the
+    weight must have been complete before the first kernel that overlaps with this call.
 
     Launches on the current stream, and waits for nothing. Beside out and workspace a computed NVFP4 tensor scale takes at most
     4 KiB from torch's allocator. Raises TypeError and ValueError for operands that do not fit together.
@@ -215,7 +215,7 @@ def gemm(
     if workspace is None:
         workspace = new_workspace(_size(buffers), device.torch_name)
     parts = dict(_cut(workspace, buffers))
-    operand = _activations(x, weight, mode, parts) if isinstance(x, torch.Tensor) else x
+    operand = _activations(x, weight, mode, parts, pdl) if isinstance(x, torch.Tensor) else x
     if isinstance(weight, BlockedQuantized):
         assert isinstance(operand, BlockedQuantized)
         assert isinstance(launch, BlackwellConfig)

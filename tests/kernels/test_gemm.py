@@ -60,19 +60,19 @@ def calls(monkeypatch):
         called.append("decode")
         product(x, weight, out, None, alpha, bias)
 
-    def fp8_rows(x, *, fragments, out):
+    def fp8_rows(x, *, fragments, out, pdl):
         rows = quantize_fp8_rows(x)
         assert fragments
         out.values.copy_(in_fragment_order(rows.values))
         out.scales.copy_(rows.scales)
 
-    def as_e4m3(x, *, rule, hadamard, out):
+    def as_e4m3(x, *, rule, hadamard, out, pdl):
         v = values_of(quantize(x, MXFP4, rule=rule, hadamard=hadamard), torch.float64)
         scale = 2.0 ** torch.frexp(v.abs().amax(1, keepdim=True))[1] * 2.0**-8
         out.values.copy_(in_fragment_order(v / scale))
         out.scales.copy_(scale)
 
-    def as_bf16(x, format, *, rule, hadamard, out):
+    def as_bf16(x, format, *, rule, hadamard, out, pdl):
         q = quantize(x, format, rule=rule, hadamard=hadamard)
         if q.tensor_scale is not None:
             out.tensor_scale.copy_(q.tensor_scale)
@@ -121,6 +121,22 @@ def test_columns_in_another_order_are_seen(calls, monkeypatch):
     monkeypatch.setitem(globals(), "in_fragment_order", lambda rows: rows.float())
     with pytest.raises(WrongResultError):
         check(p, inputs, MXFP4.default_rule, computed(p, inputs))
+
+
+@pytest.mark.parametrize("pdl", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "m", "quantizer"), [(W4A8, 5, "quantize_fp8_rows"), (W4A4, 5, "fp4_as_bf16"), (W4A4, 140, "fp4_as_e4m3")]
+)
+def test_the_kernels_of_a_call_overlap_all_or_none(mode, m, quantizer, pdl, calls, monkeypatch):
+    seen = []
+    for module, name in ((quantizers, quantizer), (prefill, "gemm"), (decode, "gemm")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, kernel=kernel, **how: (seen.append(how["pdl"]), kernel(*args, **how))[1]
+        )
+    p = problem(mode, MXFP4, m, 32, 128)
+    computed(p, p.inputs("cpu"), pdl=pdl)
+    assert seen == [pdl, pdl]
 
 
 def test_alpha_and_bias_reach_the_epilogue(calls):

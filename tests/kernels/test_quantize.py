@@ -15,6 +15,7 @@ from fp4bench.formats import FORMATS, MXFP4, NVFP4, ScaleRule, layouts
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
+from fp4bench.kernels import fp4_tiles, fp8_rows  # noqa: E402
 from fp4bench.kernels import quantize as fused  # noqa: E402
 
 RULES = [(fmt, rule) for fmt in FORMATS.values() for rule in fmt.rules]
@@ -47,19 +48,26 @@ def compiled(kernel, types, constants, warps, capability):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
 
 
-def tiles(hadamard, capability, fmt=MXFP4):
+def tiles(hadamard, capability, fmt=MXFP4, pdl=False):
     tile = fused.launch(4096, 8192, max(32, hadamard))
     types = {"x": "*bf16", "values": "*i32", "scales": "*u8"}
     types |= dict.fromkeys(("parts", "m", "k", "stride", "k_padded", "scale_rows", "scale_columns", "tiles_across"), "i32")
     given = "number" if fmt.has_tensor_scale else "none"
     constants = {"ROWS": tile.rows, "RUNS": tile.runs, "RUN": tile.run, "WIDTH": 8, "WHOLE": True, "BLOCK": fmt.block_size}
     constants |= {"RULE": fmt.default_rule.value, "HADAMARD": hadamard, "GIVEN": given, "BLOCKED": False, "IMAGE": False}
-    constants |= {"HAS_CVT": capability >= 100}
+    constants |= {"HAS_CVT": capability >= 100, "PDL": pdl}
     if fmt.has_tensor_scale:
         types |= {"tensor_scale": "*fp32", "source": "fp32"}
     else:
         constants |= {"tensor_scale": None, "source": None}
-    return compiled(fused._quantize_tiles, types, constants, tile.warps, capability)
+    return compiled(fp4_tiles.quantize_tiles, types, constants, tile.warps, capability)
+
+
+def rows(runs, run, warps, pdl=False):
+    types = {"x": "*bf16", "values": "*fp8e4nv", "scales": "*fp32", "k": "i32", "stride": "i32", "k_out": "i32"}
+    constants = {"RUNS": runs, "RUN": run, "WIDTH": 8, "WHOLE": True, "BLOCK": 32, "RULE": "floor", "HADAMARD": 1}
+    constants |= {"FP4": False, "FRAGMENTS": True, "ONCE": True, "PDL": pdl}
+    return compiled(fp8_rows.quantize_row, types, constants, warps, 90)
 
 
 def spilled(ptx, capability):
@@ -92,12 +100,22 @@ def test_a_run_stays_in_the_registers_of_its_thread(hadamard, capability, monkey
 def test_nvfp4_and_rows_compile_without_spills(monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns of a default that is not used
     assert spilled(tiles(64, 90, NVFP4), 90) == 0
-    types = {"x": "*bf16", "values": "*fp8e4nv", "scales": "*fp32", "k": "i32", "stride": "i32", "k_out": "i32"}
-    constants = {"RUNS": 256, "RUN": 32, "WIDTH": 8, "WHOLE": True, "BLOCK": 32, "RULE": "floor", "HADAMARD": 1}
-    ptx = compiled(fused._quantize_row, types, constants | {"FP4": False, "FRAGMENTS": True, "ONCE": True}, 8, 90)
+    ptx = rows(runs=256, run=32, warps=8)
     assert ptx.count("cvt.rn.satfinite.e4m3x2.f32") == 16
     assert ptx.count("ld.global") == ptx.count("ld.global.v4") == 4
     assert spilled(ptx, 90) == 0
+
+
+@pytest.mark.parametrize("kernel", [rows, tiles])
+def test_overlapped_kernels_wait_before_they_touch_memory(kernel, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns of a default that is not used
+    arguments = {"runs": 512, "run": 16, "warps": 16} if kernel is rows else {"hadamard": 1, "capability": 90}
+    ptx = kernel(**arguments, pdl=True)
+    release, wait = (ptx.index(f"griddepcontrol.{name}") for name in ("launch_dependents", "wait"))
+    assert release < wait < ptx.index("ld.global")
+    assert wait < ptx.index("st.global")
+    assert ptx.count("griddepcontrol") == 2
+    assert "griddepcontrol" not in kernel(**arguments)
 
 
 # --- Launches and refusals --------------------------------------------------------------------------------------------------
