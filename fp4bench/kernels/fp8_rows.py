@@ -17,6 +17,7 @@ def quantize_row(  # type: ignore[no-untyped-def]
     stride,
     k_out,
     RUNS: tl.constexpr,
+    READ_RUNS: tl.constexpr,
     RUN: tl.constexpr,
     WIDTH: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -28,21 +29,27 @@ def quantize_row(  # type: ignore[no-untyped-def]
     ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row a program, to E4M3 under one scale: of FP8, or of its FP4 codes."""
+    """One row a program, or a share of it, to E4M3 under one scale: of FP8, or of its FP4 codes.
+
+    ONCE: the row stays in registers between its largest magnitude and its codes. Else it is read twice: whole, READ_RUNS runs
+    at a time; then a share, RUNS runs at a time.
+    """
     if PDL:
         begin()
-    row = tl.program_id(0) + tl.zeros((RUNS,), dtype=tl.int32)
     column = tl.arange(0, RUNS) * RUN
+    row = tl.program_id(0) + tl.zeros((RUNS,), dtype=tl.int32)
     if ONCE:
         v = rotated(load_runs(x, row, column, row + 1, k, stride, RUN, WIDTH, WHOLE), HADAMARD)
         top = _top_of_row(v, BLOCK, RULE, FP4)
         _store_row(values, scales, v, top, row, column, k_out, BLOCK, RULE, FP4, FRAGMENTS)
     else:
         top = tl.program_id(0) * 0
-        for start in range(0, k, RUNS * RUN):
-            v = rotated(load_runs(x, row, start + column, row + 1, k, stride, RUN, WIDTH, WHOLE), HADAMARD)
+        read_row = tl.program_id(0) + tl.zeros((READ_RUNS,), dtype=tl.int32)
+        for start in range(0, k, READ_RUNS * RUN):
+            read_column = start + tl.arange(0, READ_RUNS) * RUN
+            v = rotated(load_runs(x, read_row, read_column, read_row + 1, k, stride, RUN, WIDTH, WHOLE), HADAMARD)
             top = tl.maximum(top, _top_of_row(v, BLOCK, RULE, FP4))
-        for start in range(0, k_out, RUNS * RUN):
+        for start in range(tl.program_id(1) * (RUNS * RUN), k_out, tl.num_programs(1) * (RUNS * RUN)):
             v = rotated(load_runs(x, row, start + column, row + 1, k, stride, RUN, WIDTH, WHOLE), HADAMARD)
             _store_row(values, scales, v, top, row, start + column, k_out, BLOCK, RULE, FP4, FRAGMENTS)
 

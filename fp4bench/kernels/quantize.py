@@ -36,8 +36,8 @@ _MOST_PARTS = 1024
 # 131 (NVIDIA H200, `baselines/NVIDIA-H200/kernels/2026-11-27_quantize-launches.jsonl`). Of few rows only the first is timed.
 _LONGEST_ROW, _LONGEST_OF_MANY, _MANY_ROWS = 32768, 16384, 4096
 
-# Few rows leave most of a GPU idle, and each is done sooner by more threads, of 16 values each.
-_FEW_ROWS, _RUN_OF_FEW = 128, 16
+# So many rows are few: each has an SM of its own, or several where it is not short.
+_FEW_ROWS, _SHORTEST_SHARED = 128, 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +94,38 @@ def launch(m: int, k: int, run: int) -> Launch:
     threads = 128 if m * runs >= 128 * 256 else 32
     columns = min(runs, threads)
     return Launch(threads // columns, columns, run)
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """How rows become E4M3.
+
+    run: neighbours that a thread has at a time. runs: of them, that a program writes at a time. read_runs: that it reads at a
+    time to find a row's largest magnitude; 0 where it keeps the row in registers, and reads and writes it once.
+    shares: programs of a row. warps: of a program.
+    """
+
+    run: int
+    runs: int
+    read_runs: int
+    shares: int
+    warps: int
+
+
+def row_launch(m: int, k: int, run: int) -> RowLaunch:
+    """The launch for m rows of k values; run: how many of them are rotated or scaled together, 1 where none are.
+
+    Few rows leave most of a GPU idle, and what one SM computes of a row of 28672 takes longer than to read it. So each of
+    several programs finds the largest magnitude of a row by itself, and writes its share.
+    """
+    if run == 1 and m <= _FEW_ROWS and k <= _LONGEST_ROW:
+        shares = 1 if k < _SHORTEST_SHARED else min(4, _FEW_ROWS // m)
+        whole, share = (triton.next_power_of_2(max(1, triton.cdiv(k, 16 * part))) for part in (1, shares))
+        return RowLaunch(16, share, whole if shares > 1 else 0, shares, max(1, min(32, share // 32)))
+    run = max(32, run)
+    longest = _LONGEST_OF_MANY if m >= _MANY_ROWS else _LONGEST_ROW
+    runs = triton.next_power_of_2(max(1, triton.cdiv(min(k, longest), run)))
+    return RowLaunch(run, runs, 0 if k <= longest else runs, 1, max(1, min(32, runs // 32)))
 
 
 def quantize(
@@ -323,29 +355,27 @@ def _quantize_rows(
     if not out.scales.numel():
         return
     matrix, k, k_out = _matrix(x), x.shape[-1], out.values.shape[-1]
-    m = matrix.shape[0]
-    run = max(32, hadamard or 1) if fp4 else _RUN_OF_FEW if m <= _FEW_ROWS else 32
-    longest = _LONGEST_OF_MANY if m >= _MANY_ROWS else _LONGEST_ROW
-    runs = triton.next_power_of_2(max(1, triton.cdiv(min(k_out, longest), run)))
-    quantize_row[(m,)](
+    how = row_launch(matrix.shape[0], k_out, (hadamard or MXFP4.block_size) if fp4 else 1)
+    quantize_row[(matrix.shape[0], how.shares)](
         matrix,
         out.values,
         out.scales,
         k,
         matrix.stride(0),
         k_out,
-        RUNS=runs,
-        RUN=run,
+        RUNS=how.runs,
+        READ_RUNS=how.read_runs,
+        RUN=how.run,
         WIDTH=16 // x.element_size(),
-        WHOLE=k % run == 0,
+        WHOLE=k % how.run == 0,
         BLOCK=MXFP4.block_size,
         RULE=rule.value,
         HADAMARD=hadamard or 1,
         FP4=fp4,
         FRAGMENTS=fragments,
-        ONCE=k_out <= longest,
+        ONCE=not how.read_runs,
         PDL=pdl,
-        num_warps=max(1, min(32, runs // 32)),
+        num_warps=how.warps,
         enable_fp_fusion=False,
         **overlap.option(pdl),
     )

@@ -69,7 +69,7 @@ PREFILLS = (
     Product(W4A4, NVFP4, 19, 136, 205, PrefillConfig(columns=32)),
     Product(W4A4, MXFP4, 131, 136, 205, PrefillConfig(columns=128, depth=128)),
 )
-MATRICES = ((1, 16), (3, 192), (5, 205), (7, 1000), (130, 72), (2, 40000))
+MATRICES = ((1, 16), (3, 192), (5, 205), (7, 1000), (130, 72), (37, 384), (3, 4100), (2, 40000))
 
 
 def run_product(product: Product) -> None:

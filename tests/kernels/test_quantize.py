@@ -63,11 +63,11 @@ def tiles(hadamard, capability, fmt=MXFP4, pdl=False):
     return compiled(fp4_tiles.quantize_tiles, types, constants, tile.warps, capability)
 
 
-def rows(runs, run, warps, pdl=False):
+def rows(how, pdl=False):
     types = {"x": "*bf16", "values": "*fp8e4nv", "scales": "*fp32", "k": "i32", "stride": "i32", "k_out": "i32"}
-    constants = {"RUNS": runs, "RUN": run, "WIDTH": 8, "WHOLE": True, "BLOCK": 32, "RULE": "floor", "HADAMARD": 1}
-    constants |= {"FP4": False, "FRAGMENTS": True, "ONCE": True, "PDL": pdl}
-    return compiled(fp8_rows.quantize_row, types, constants, warps, 90)
+    constants = {"RUNS": how.runs, "READ_RUNS": how.read_runs, "RUN": how.run, "ONCE": not how.read_runs, "PDL": pdl}
+    constants |= {"WIDTH": 8, "WHOLE": True, "BLOCK": 32, "RULE": "floor", "HADAMARD": 1, "FP4": False, "FRAGMENTS": True}
+    return compiled(fp8_rows.quantize_row, types, constants, how.warps, 90)
 
 
 def spilled(ptx, capability):
@@ -100,16 +100,18 @@ def test_a_run_stays_in_the_registers_of_its_thread(hadamard, capability, monkey
 def test_nvfp4_and_rows_compile_without_spills(monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns of a default that is not used
     assert spilled(tiles(64, 90, NVFP4), 90) == 0
-    ptx = rows(runs=256, run=32, warps=8)
-    assert ptx.count("cvt.rn.satfinite.e4m3x2.f32") == 16
-    assert ptx.count("ld.global") == ptx.count("ld.global.v4") == 4
-    assert spilled(ptx, 90) == 0
+    for m, k, loads in ((4096, 8192, 4), (128, 8192, 2), (64, 28672, 4 + 2), (1, 28672, 8 + 2)):
+        how = fused.row_launch(m, k, 1)
+        ptx = rows(how)
+        assert ptx.count("cvt.rn.satfinite.e4m3x2.f32") == how.run * how.runs // (64 * how.warps)
+        assert ptx.count("ld.global") == ptx.count("ld.global.v4") == loads
+        assert spilled(ptx, 90) == 0
 
 
 @pytest.mark.parametrize("kernel", [rows, tiles])
 def test_overlapped_kernels_wait_before_they_touch_memory(kernel, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns of a default that is not used
-    arguments = {"runs": 512, "run": 16, "warps": 16} if kernel is rows else {"hadamard": 1, "capability": 90}
+    arguments = {"how": fused.row_launch(1, 8192, 1)} if kernel is rows else {"hadamard": 1, "capability": 90}
     ptx = kernel(**arguments, pdl=True)
     release, wait = (ptx.index(f"griddepcontrol.{name}") for name in ("launch_dependents", "wait"))
     assert release < wait < ptx.index("ld.global")
@@ -129,6 +131,24 @@ def test_a_tile_is_whole_warps_and_no_longer_than_a_row(m, k, run):
     assert tile.rows * tile.runs in (32, 128)
     assert tile.runs == 1 or tile.runs * run < 2 * k
     assert tile.warps * 32 == tile.rows * tile.runs
+
+
+@pytest.mark.parametrize("m", [1, 33, 64, 128, 129, 4096])
+@pytest.mark.parametrize("k", [1, 64, 4032, 4096, 8192, 28672, 40000])
+@pytest.mark.parametrize("run", [1, 32, 128])
+def test_the_programs_of_a_row_read_and_write_all_of_it(m, k, run):
+    how = fused.row_launch(m, k, run)
+    assert how.run >= run
+    written = how.run * how.runs * how.shares
+    if how.read_runs:
+        assert how.read_runs % how.runs == 0
+        assert how.shares == 1 or written >= k
+    else:
+        assert how.shares == 1
+        assert written >= k
+    assert how.shares == 1 or m * how.shares <= 132  # all at once
+    assert how.runs == 1 or written < 2 * k + how.run * how.shares
+    assert 32 * how.warps <= max(32, how.runs)
 
 
 def test_what_the_kernel_has_not_is_refused():
@@ -166,7 +186,7 @@ def test_a_gpu_has_the_bits_of_the_eager_truth(shape, fmt, rule, hadamard):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(65, 8192), (5, 40000), (9, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(200, 8192), (65, 8192), (40, 28672), (1, 28672), (3, 4100), (5, 40000), (9, 1000)], ids=str)
 def test_a_gpu_has_the_bits_of_eager_fp8_rows(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
     want, got = eager.quantize_fp8_rows(x), fused.quantize_fp8_rows(x)
