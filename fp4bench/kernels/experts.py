@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import pad
 
 from fp4bench.formats import BlockFormat, ScaleRule
-from fp4bench.kernels.weights import TILE_N, PreparedWeight, from_words, prepare, restore, to_words
+from fp4bench.kernels.weights import TILE_N, PreparedWeight, WordOrder, from_words, prepare, restore, to_words
 from fp4bench.quantize import Quantized
 
 # The column that each of 32 positions holds.
@@ -40,7 +40,8 @@ class PreparedExperts:
     words: int32 (experts, tiles, units, 32, 4). scales: int32 (experts, tiles, units, 8), NVFP4 (experts, tiles, units, 8, 2).
     row_scale: float32 (experts, 16 tiles). base: uint8 (experts, 16 tiles), MXFP4 alone.
     tensor_scale: float32 (experts), NVFP4 alone. gated: rows are in the order above, else as they came.
-    operand: the type that all of them may be multiplied as (`PreparedWeight.operand`).
+    operand: the type that all of them may be multiplied as (`PreparedWeight.operand`). E4M3 has words in bytes, and is for that
+    type alone.
     """
 
     words: torch.Tensor
@@ -54,6 +55,11 @@ class PreparedExperts:
     k: int
     gated: bool
     operand: torch.dtype
+
+    @property
+    def order(self) -> WordOrder:
+        """Of the words."""
+        return _order(self.operand)
 
     @property
     def experts(self) -> int:
@@ -107,7 +113,7 @@ def restore_expert(stack: PreparedExperts, expert: int) -> Quantized:
     """Inverse of `prepare_experts` for one of them, as far as `weights.restore` inverts `weights.prepare`."""
     padded = TILE_N * stack.tiles if stack.gated else stack.n
     one = PreparedWeight(
-        _to_natural(stack.words[expert]),
+        _to_natural(stack.words[expert], stack.order),
         _swapped(stack.scales[expert]),
         stack.row_scale[expert],
         None if stack.base is None else stack.base[expert],
@@ -118,6 +124,7 @@ def restore_expert(stack: PreparedExperts, expert: int) -> Quantized:
         padded,
         stack.k,
         stack.operand,
+        order=stack.order,
     )
     q = restore(one)
     if not stack.gated:
@@ -147,7 +154,7 @@ def _prepare_one(q: Quantized, gated: bool, operand: torch.dtype) -> PreparedWei
             raise ValueError(f"a gated weight has an even number of rows, not {q.shape[0]}")
         codes, scale_bytes = gated_rows(q.codes), gated_rows(q.scales.view(torch.uint8))
         q = replace(q, codes=codes, scales=scale_bytes.view(q.scales.dtype))
-    one = prepare(q, operand)
+    one = prepare(q, operand, _order(operand))
     if one.rest is not None:
         raise ValueError(f"block scales of one row of an expert lie further apart than {operand} reaches")
     return one
@@ -156,19 +163,23 @@ def _prepare_one(q: Quantized, gated: bool, operand: torch.dtype) -> PreparedWei
 def _reordered(one: PreparedWeight) -> PreparedWeight:
     """Columns and NVFP4's scales in the order above."""
     at = torch.tensor([COLUMNS[p] // 2 for p in range(0, 32, 2)], device=one.words.device)
-    return replace(one, words=_with_pairs(one.words, at), scales=_swapped(one.scales))
+    return replace(one, words=_with_pairs(one.words, at, one.order), scales=_swapped(one.scales))
 
 
-def _to_natural(words: torch.Tensor) -> torch.Tensor:
+def _to_natural(words: torch.Tensor, order: WordOrder) -> torch.Tensor:
     """Inverse of the reordering of columns."""
     at = torch.tensor([COLUMNS.index(column) // 2 for column in range(0, 32, 2)], device=words.device)
-    return _with_pairs(words, at)
+    return _with_pairs(words, at, order)
 
 
-def _with_pairs(words: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+def _with_pairs(words: torch.Tensor, at: torch.Tensor, order: WordOrder) -> torch.Tensor:
     """Of each 32 columns pair `at[i]` becomes pair i. A pair of columns is a byte of `from_words`."""
-    codes = from_words(words).unflatten(-1, (-1, 16))
-    return to_words(codes[..., at].flatten(-2))
+    codes = from_words(words, order).unflatten(-1, (-1, 16))
+    return to_words(codes[..., at].flatten(-2), order)
+
+
+def _order(operand: torch.dtype) -> WordOrder:
+    return WordOrder.BYTES if operand is torch.float8_e4m3fn else WordOrder.HALVES
 
 
 def _swapped(scales: torch.Tensor) -> torch.Tensor:

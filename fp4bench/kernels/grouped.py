@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from fp4bench.kernels import fragments
 from fp4bench.kernels.experts import PreparedExperts
 from fp4bench.kernels.routing import BLOCK_FIELDS, most_blocks
-from fp4bench.kernels.weights import UNIT_K
+from fp4bench.kernels.weights import UNIT_K, WordOrder
 from fp4bench.models import Activation
 
 ACTIVATIONS = ("silu", "swiglu")  # of `fp4bench.models.Activation`
@@ -87,6 +87,7 @@ def gate_up(
     the first n / 2 columns are written. bias: float32 (experts, 16 tiles), in the order of the tiles (`experts.gated_rows`).
     positions, blocks: of `routing.order`, with blocks of `config.block`.
     """
+    _check_operand(weight)
     if not weight.gated or x.shape[1] != weight.k or out.shape != (positions.shape[0], padded(weight.n // 2)):
         raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit gated weights {weight.n, weight.k}")
     if x.shape[1] % 2 or x.stride(0) % 2 or x.data_ptr() % 4 or x.stride(1) != 1:
@@ -110,11 +111,17 @@ def down(
     x: bfloat16 or float16 (pairs, padded(k)), contiguous, zero (or any finite number) from column k on.
     out: x's type or float32 (pairs, n), contiguous. The others as those of `gate_up`.
     """
+    _check_operand(weight)
     if weight.gated or x.shape != (positions.shape[0], padded(weight.k)) or out.shape != (x.shape[0], weight.n):
         raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit weights {weight.n, weight.k}")
     if not x.is_contiguous() or not out.is_contiguous():
         raise ValueError("x and out are contiguous")
     _launch(x, weight, positions, blocks, out, weight.n, 0, None, config, bias, pdl)
+
+
+def _check_operand(weight: PreparedExperts) -> None:
+    if weight.order is not WordOrder.HALVES:
+        raise ValueError(f"weights prepared for {weight.operand} are for grouped_prefill alone")
 
 
 def _launch(

@@ -35,10 +35,12 @@ def why_not(weight: PreparedExperts, x_dtype: torch.dtype, config: PrefillConfig
     """Why this configuration cannot compute these products exactly, or None."""
     if config.columns not in (16, 32, 64, 128):
         return f"blocks are of up to 16, 32, 64 or 128 pairs, not {config.columns}"
+    if config.along_k or config.tail:
+        return f"there is neither shared k nor a tail: {config}"
     if x_dtype not in (torch.bfloat16, torch.float8_e4m3fn):
         return f"x is bfloat16 or float8_e4m3fn, not {x_dtype}"
-    if x_dtype is torch.float8_e4m3fn and (weight.format.has_tensor_scale or weight.operand is not torch.float8_e4m3fn):
-        return f"{weight.format} weights prepared for {weight.operand} are not exact as E4M3"
+    if (x_dtype is torch.float8_e4m3fn) != (weight.operand is torch.float8_e4m3fn):
+        return f"{weight.format} weights prepared for {weight.operand} are not for {x_dtype}"
     if x_dtype.itemsize * config.depth % 128:
         return (
             f"a step of {config.depth} columns of {x_dtype} is no multiple of the 128 bytes that the tensor cores' layout has"
@@ -124,7 +126,7 @@ def product(
 
 _BF16_MX, _SIXTEEN = (gl.constexpr(text) for text in assembly("bf16", False))
 _BF16_NV = gl.constexpr(assembly("bf16", True, of_lane=True)[0])
-_E4M3_MX, _EIGHT = (gl.constexpr(text) for text in assembly("e4m3", False))
+_E4M3_MX, _EIGHT = (gl.constexpr(text) for text in assembly("e4m3", False, in_bytes=True))
 _AS_BF16 = gl.constexpr((gl.bfloat16,) * 8)
 _AS_E4M3 = gl.constexpr((gl.float8e4nv,) * 8)
 

@@ -32,6 +32,15 @@ def test_experts_come_back_as_they_were(n, gated, fmt):
         assert (back.tensor_scale, back.k, back.format) == (q.tensor_scale, q.k, q.format)
 
 
+def test_experts_of_e4m3_have_words_in_bytes():
+    made = [quantize(torch.randn(20, 96, generator=torch.Generator().manual_seed(i)), MXFP4) for i in range(2)]
+    stack = prepare_experts(iter(made), 2, gated=True, operand=torch.float8_e4m3fn)
+    assert stack.order is weights.WordOrder.BYTES
+    assert not torch.equal(stack.words, prepare_experts(iter(made), 2, gated=True).words)
+    for expert, q in enumerate(made):
+        assert torch.equal(restore_expert(stack, expert).codes, q.codes)
+
+
 def test_a_lane_has_eight_columns_that_stand_together():
     # Of each 32 columns lane t holds, in words 2 w and 2 w + 1, registers of columns 8 t, 8 t + 1, ..., 8 t + 7.
     for t in range(4):

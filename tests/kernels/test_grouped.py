@@ -127,6 +127,7 @@ def test_a_launch_that_cannot_be_is_refused(change):
 def test_operands_that_do_not_fit_are_refused():
     weight = prepare_experts([quantize(torch.randn(32, 66), MXFP4)], 1, gated=True)
     plain = prepare_experts([quantize(torch.randn(66, 16), MXFP4)], 1, gated=False)
+    e4m3 = prepare_experts([quantize(torch.randn(32, 66), MXFP4)], 1, gated=True, operand=torch.float8_e4m3fn)
     positions = torch.zeros(4, dtype=torch.int32)
     blocks = torch.zeros(routing.most_blocks(4, 1, 8), 4, dtype=torch.int32)
     x, hidden = torch.zeros(4, 66, dtype=torch.bfloat16), torch.zeros(4, 64, dtype=torch.bfloat16)
@@ -141,6 +142,7 @@ def test_operands_that_do_not_fit_are_refused():
 
     for call, why in (
         (lambda: first(weight=plain), "do not fit gated weights"),
+        (lambda: first(weight=e4m3), "for grouped_prefill alone"),
         (lambda: first(x=x[:, :64]), "do not fit gated weights"),
         (lambda: first(out=hidden[:, :16]), "do not fit gated weights"),
         (lambda: first(x=torch.zeros(4, 67, dtype=torch.bfloat16)[:, :66]), "contiguous pairs"),

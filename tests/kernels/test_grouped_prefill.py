@@ -92,8 +92,10 @@ def test_operands_that_do_not_fit_are_refused():
 
     for change, why in (
         ({"x": x.float()}, "x is bfloat16 or float8"),
-        ({"x": fp8}, "not exact as E4M3"),
-        ({"x": fp8, "weight": nvfp4}, "not exact as E4M3"),
+        ({"x": fp8}, "not for torch.float8_e4m3fn"),
+        ({"x": fp8, "weight": nvfp4}, "not for torch.float8_e4m3fn"),
+        ({"weight": e4m3}, "not for torch.bfloat16"),
+        ({"config": PrefillConfig(columns=64, along_k=True)}, "shared k"),
         ({"x": fp8, "weight": e4m3}, "128 bytes"),
         ({"config": PrefillConfig(columns=64, stages=20)}, "shared memory"),
         ({"config": PrefillConfig(columns=256)}, "16, 32, 64 or 128 pairs"),
