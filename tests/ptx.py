@@ -70,6 +70,13 @@ def _mma(a, b, c):
     return [out[g + 8 * (i // 2), 2 * t + i % 2] for i in range(4)]
 
 
+def rows_of_lanes(x, lane):
+    """bfloat16 x (16, 4 lane) in the registers of lanes: rows g and g + 8, `lane` neighbours of lane t each, two a register."""
+    g, t = LANES // 4, LANES % 4
+    pairs = x.reshape(16, 4, lane // 2, 2)
+    return [[registers(pairs[g + 8 * half, t, i], torch.bfloat16) for i in range(lane // 2)] for half in range(2)]
+
+
 def halves(register, dtype):
     """Both halves of each lane as numbers, low half first. uint32 (32,) -> float64 (2, 32)."""
     pairs = torch.from_numpy(np.ascontiguousarray(register, dtype=np.uint32).view(np.int16).copy()).view(dtype)
@@ -108,7 +115,8 @@ def _float32(compute):
 
     def of_registers(*operands):
         numbers = [r.astype(np.float32) if r.dtype == np.float64 else r.view(np.float32) for r in operands]
-        return compute(*numbers).view(np.uint32)
+        with np.errstate(over="ignore"):  # to infinity
+            return compute(*numbers).view(np.uint32)
 
     return of_registers
 
@@ -164,6 +172,8 @@ _INSTRUCTIONS = {
     "add.rn.f32": _float32(np.add),
     "sub.rn.f32": _float32(np.subtract),
     "mul.rn.f32": _float32(np.multiply),
+    "abs.f32": _float32(np.abs),
+    "max.NaN.f32": _float32(np.maximum),
     "mov.b32": lambda a: a,
     "setp.ne.u32": lambda a, b: a != b,
     "selp.b32": lambda a, b, p: np.where(p, a, b),

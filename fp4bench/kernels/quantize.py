@@ -2,7 +2,7 @@
 
 | what | kernel |
 |---|---|
-| bfloat16 -> MXFP4, scales in rows, k without padding, on Hopper | `mxfp4` |
+| bfloat16 -> FP4, scales in rows, k without padding, on Hopper | `mxfp4`, `nvfp4` |
 | any other x -> FP4, its scales in any layout, or the values of its codes as bfloat16 | `fp4_tiles` |
 | x -> rows of E4M3, as FP8 or by way of MXFP4 | `fp8_rows` |
 
@@ -17,7 +17,7 @@ import torch
 import triton
 
 from fp4bench.formats import MXFP4, BlockFormat, ScaleRule, layouts
-from fp4bench.kernels import mxfp4, overlap
+from fp4bench.kernels import mxfp4, nvfp4, overlap
 from fp4bench.kernels.fp4_tiles import largest_of_tiles, quantize_tiles
 from fp4bench.kernels.fp8_rows import quantize_row
 from fp4bench.quantize import Quantized, RowQuantized, check_arguments
@@ -270,9 +270,7 @@ def _quantize(
     k, block = x.shape[-1], q.format.block_size
     k_padded = _padded(k, q.format, q.hadamard)
     matrix = _matrix(x)
-    plain = q.format is MXFP4 and not image and not blocked
-    if plain and _is_hopper(x.device) and mxfp4.fits(matrix, q.rule, q.hadamard):
-        mxfp4.quantize(matrix, values, q.scales, q.rule, q.hadamard)
+    if not image and not blocked and _is_hopper(x.device) and _quantize_fast(matrix, values, q, tensor_scale):
         return
     m, columns = matrix.shape[0], k_padded // block
     scale_rows, scale_columns = layouts.padded_shape(m, columns) if blocked else (m, columns)
@@ -310,6 +308,20 @@ def _quantize(
         enable_fp_fusion=False,
         **overlap.option(pdl),
     )
+
+
+def _quantize_fast(
+    matrix: torch.Tensor, codes: torch.Tensor, q: Quantized | BlockedQuantized, tensor_scale: torch.Tensor | float | None
+) -> bool:
+    """Whether one of the kernels for Hopper could do it, and did."""
+    if q.tensor_scale is None and mxfp4.fits(matrix, q.rule, q.hadamard):
+        mxfp4.quantize(matrix, codes, q.scales, q.rule, q.hadamard)
+        return True
+    if q.tensor_scale is not None and nvfp4.fits(matrix, q.hadamard):
+        source, parts, given = _encode_scale_source(matrix, q, tensor_scale, False)
+        nvfp4.quantize(matrix, codes, q.scales, q.tensor_scale, source, parts, given, q.hadamard)
+        return True
+    return False
 
 
 def _encode_scale_source(

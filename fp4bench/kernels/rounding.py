@@ -62,10 +62,15 @@ def encode_scale(source, parts, GIVEN: tl.constexpr):  # type: ignore[no-untyped
         s = tl.load(source)
     else:
         part = tl.arange(0, 1024)
-        bits = tl.max(tl.load(source + part, mask=part < parts, other=0), axis=0)
-        s = tl.minimum(tl.div_rn(2688.0, bits.to(tl.float32, bitcast=True)), _FLOAT_MAX)
-        s = tl.where((bits > 0) & (bits < INF), s, 1.0)
+        s = encode_scale_of(tl.max(tl.load(source + part, mask=part < parts, other=0), axis=0))
     return s
+
+
+@triton.jit
+def encode_scale_of(bits):  # type: ignore[no-untyped-def]
+    """NVFP4's encode scale of a tensor, by the bits of its largest magnitude. int32 -> float32."""
+    s = tl.minimum(tl.div_rn(2688.0, bits.to(tl.float32, bitcast=True)), _FLOAT_MAX)
+    return tl.where((bits > 0) & (bits < INF), s, 1.0)
 
 
 @triton.jit

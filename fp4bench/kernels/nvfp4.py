@@ -1,0 +1,203 @@
+"""bfloat16 -> NVFP4 on Hopper, as `mxfp4`: one pass where the encode scale is given, a second after it was computed.
+
+Scales are no powers of two here. So largest magnitudes and products with the scale's inverse are float32, and only what is
+rounded to codes is a pair.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fp4bench.kernels import fp4_text, lanes
+from fp4bench.kernels.lanes import Shape, beside, load_rows, quarters, registers_of, store_words
+from fp4bench.kernels.rounding import encode_scale_of, two_level
+
+# By 16 a NaN would leave its rotation (`fp4_text`), and so its block of 16; by 128 a lane has two blocks.
+ROTATIONS = (32, 64)
+
+
+def shape(hadamard: int | None) -> Shape:
+    """The launch for a rotation. More rows of 64 would share its matrix, and take 75 registers of a thread instead of 54."""
+    return Shape(8, repeats=2) if hadamard == 32 else Shape(16)
+
+
+def fits(x: torch.Tensor, hadamard: int | None) -> bool:
+    """Whether x (m, k) can be quantized here: bfloat16, without gaps, its rows whole rotations (or 64 values)."""
+    return hadamard in (None, *ROTATIONS) and lanes.fits(x, hadamard)
+
+
+def quantize(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    source: torch.Tensor | float | None,
+    parts: int,
+    given: str,
+    hadamard: int | None,
+    how: Shape | None = None,
+) -> None:
+    """Write codes, uint8 (m, k / 2), scales, E4M3 (m, k / 16), and the encode scale, of x (m, k) that `fits`.
+
+    source, parts, given: as `quantize` makes them of what its caller gave.
+    """
+    how = how or shape(hadamard)
+    rows = x.numel() // (4 * how.lane)
+    _quantize[(-(-rows // how.rows),)](
+        x,
+        codes.view(torch.int32),
+        scales.view(torch.uint8),
+        tensor_scale,
+        source,
+        parts,
+        rows,
+        LANE=how.lane,
+        REPEATS=how.repeats,
+        HADAMARD=hadamard or 1,
+        GIVEN=given,
+        num_warps=how.warps,
+        enable_fp_fusion=False,
+    )
+
+
+# --- PTX --------------------------------------------------------------------------------------------------------------------
+# Values 0 to 3 of each eight neighbours of a lane are in one tensor, values 4 to 7 in another, `lane` / 2 registers each.
+
+
+@gluon.constexpr_function
+def _unpacked(lane: int) -> str:
+    """Operands: `lane` / 2 results of each tensor, and as many registers of x."""
+    count = lane // 2
+    lines = []
+    for first in range(0, count, 4):
+        for i in range(4):
+            for half in range(2):
+                result, operand = count * half + first + i, 2 * count + first + 2 * half + i // 2
+                lines.append((f"shl.b32 ${result}, ${operand}, 16", f"and.b32 ${result}, ${operand}, 0xffff0000")[i % 2])
+    return fp4_text.block(*lines)
+
+
+@gluon.constexpr_function
+def _rotated(size: int) -> str:
+    """Operands, `lane` / 2 each: both tensors of row g, both of row g + 8, both rows of x, and the lane's number."""
+    count = max(4, size // 8)
+    lines, values = fp4_text.rotation(size, count, 4 * count)
+    for row in range(2):
+        for half in range(2):
+            for i in range(count):
+                place = 8 * (i // 4) + 4 * half + i % 4
+                lines.append(f"mov.b32 ${count * (2 * row + half) + i}, {values[row, place]}")
+    return fp4_text.block(*lines)
+
+
+@gluon.constexpr_function
+def _largest() -> str:
+    """Bits of the largest magnitude of eight values, NaN above all. Operands: result, the values."""
+    lines = [".reg .b32 a, b", "abs.f32 a, $1"]
+    for i in range(2, 9):
+        lines += [f"abs.f32 b, ${i}", "max.NaN.f32 a, a, b"]
+    return fp4_text.block(*lines, "mov.b32 $0, a")
+
+
+@gluon.constexpr_function
+def _codes() -> str:
+    """A word of codes. Operands: result, eight values, and what they are multiplied with."""
+    lines = [".reg .b32 u, low, high, a0, a1, a2, a3"]
+    for i in range(4):
+        lines += [f"mul.rn.f32 low, ${i + 1}, $9", f"mul.rn.f32 high, ${i + 5}, $9"]
+        lines += fp4_text.to_odd(f"a{i}", "low", "high")
+    return fp4_text.block(*lines, *fp4_text.word("$0", ["a0", "a1", "a2", "a3"], None))
+
+
+# --- Kernel -----------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit(do_not_specialize=["parts", "rows"])
+def _quantize(  # type: ignore[no-untyped-def]
+    x,
+    codes,
+    scales,
+    tensor_scale,
+    source,
+    parts,
+    rows,
+    LANE: gl.constexpr,
+    REPEATS: gl.constexpr,
+    HADAMARD: gl.constexpr,
+    GIVEN: gl.constexpr,
+):
+    WARPS: gl.constexpr = gl.num_warps()
+    PAIRS: gl.constexpr = LANE // 2
+    ROWS: gl.constexpr = gl.SliceLayout(1, registers_of(LANE, WARPS))
+    start = gl.program_id(0).to(gl.int64) * (16 * WARPS * REPEATS)
+    x = x.to(gl.pointer_type(gl.int32), bitcast=True) + start * (4 * PAIRS)
+    codes += start * PAIRS
+    scales += start * (LANE // 4)
+    left = rows - gl.program_id(0) * (16 * WARPS * REPEATS)
+    thread = gl.arange(0, 32 * WARPS, ROWS)
+    t = thread % 4
+    row = thread // 32 * (16 * REPEATS) + thread % 32 // 4
+    loaded = load_rows(x, row, t, left, LANE, 2 * REPEATS)
+    s = _encode_scale(source, parts, GIVEN)
+    gl.store(tensor_scale, s, mask=gl.program_id(0) == 0)
+    for i in gl.static_range(REPEATS):
+        if HADAMARD > 1:
+            a, b, c, d = gl.inline_asm_elementwise(
+                _rotated(HADAMARD),
+                fp4_text.registers(4 * PAIRS, 3 * PAIRS),
+                [loaded[2 * i], loaded[2 * i + 1], beside(thread % 32, loaded[2 * i])],
+                dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+                is_pure=True,
+                pack=PAIRS,
+            )
+        else:
+            a, b = _floats(loaded[2 * i], LANE)
+            c, d = _floats(loaded[2 * i + 1], LANE)
+        _store(quarters(a) + quarters(b), s, codes, scales, row + 16 * i, t, left, LANE, HADAMARD, ROWS)
+        _store(quarters(c) + quarters(d), s, codes, scales, row + 16 * i + 8, t, left, LANE, HADAMARD, ROWS)
+
+
+@gluon.jit
+def _encode_scale(source, parts, GIVEN: gl.constexpr):  # type: ignore[no-untyped-def]
+    """NVFP4's encode scale: the given one, or that of the largest of `parts` magnitudes."""
+    if GIVEN == "number":
+        s = source
+    elif GIVEN == "tensor":
+        s = gl.load(source)
+    else:
+        part = gl.arange(0, 1024, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+        s = encode_scale_of(gl.max(gl.load(source + part, mask=part < parts, other=0), axis=0))
+    return s
+
+
+@gluon.jit
+def _floats(x, LANE: gl.constexpr):  # type: ignore[no-untyped-def]
+    return gl.inline_asm_elementwise(
+        _unpacked(LANE), fp4_text.registers(LANE, LANE // 2), [x], dtype=(gl.int32, gl.int32), is_pure=True, pack=LANE // 2
+    )
+
+
+@gluon.jit
+def _store(eight, s, codes, scales, row, t, left, LANE: gl.constexpr, HADAMARD: gl.constexpr, ROWS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The scale of a block and codes by it. eight: bits of float32 (threads, LANE / 8), eight times."""
+    v0, v1, v2, v3, v4, v5, v6, v7 = eight
+    UNIT: gl.constexpr = fp4_text.left_of_unit(HADAMARD)
+    largest = gl.inline_asm_elementwise(
+        _largest(), fp4_text.registers(1, 8), [v0, v1, v2, v3, v4, v5, v6, v7], dtype=gl.int32, is_pure=True, pack=1
+    )
+    largest = gl.convert_layout(gl.max(largest, axis=1), ROWS, assert_trivial=True)
+    if LANE == 8:
+        largest = gl.maximum(largest, _of_next_lane(largest))
+    byte, multiplier = two_level(largest.to(gl.float32, bitcast=True) * UNIT, s)
+    bits = beside((multiplier * UNIT).to(gl.int32, bitcast=True), v0)
+    words = gl.inline_asm_elementwise(
+        _codes(), fp4_text.registers(1, 9), [v0, v1, v2, v3, v4, v5, v6, v7, bits], dtype=gl.int32, is_pure=True, pack=1
+    )
+    store_words(words, codes, row, t, left, LANE)
+    first = (row < left) & (t % (16 // LANE) == 0)
+    gl.store(scales + row * (LANE // 4) + t // (16 // LANE), byte.to(gl.uint8), mask=first)
+
+
+@gluon.jit
+def _of_next_lane(v):  # type: ignore[no-untyped-def]
+    return gl.inline_asm_elementwise("shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=r,r", [v], dtype=gl.int32, is_pure=True, pack=1)
