@@ -1,6 +1,18 @@
 """bfloat16 -> MXFP4 on Hopper, as fast as memory is read: what `quantize.quantize` launches where x has no padding.
 
-At 90 % of an H200's memory a value may cost some 20 instructions; this takes 10, and 16 with a rotation (SASS of sm_90a).
+What ways of it reach of a copy's bandwidth, bytes read and written, 4096 x 8192 (NVIDIA H200, torch.neg between buffers beyond
+L2, `baselines/NVIDIA-H200/kernels/2026-11-27_fp4-lanes.jsonl`), without a rotation and by Hadamard 64, and the instructions of
+a value (SASS of sm_90a, whole kernel):
+
+| way | of a copy | instructions |
+|---|---|---|
+| `fp4_tiles`: float32, 32 neighbours a thread (`tiles`) | 0.79, 0.57 | 16, 22 |
+| float32, 8 neighbours a thread, rotations by `wgmma` from shared memory (`flat`) | 0.79, 0.72 | 17, 28 |
+| the same, rounded in pairs (`packed`) | 0.93, 0.79 | 13, 26 |
+| this: in pairs, rotations by `mma` of the registers that were loaded (`lanes`) | 0.95, 0.85 | 10, 16 |
+
+In the second and third way without a rotation ptxas moves each 16-byte load down to its first use, so that a thread has one on
+its way; here all of a thread's loads, four or more, are operands of the same instructions.
 """
 
 import torch
