@@ -92,6 +92,7 @@ def gate_up(
         raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit gated weights {weight.n, weight.k}")
     if x.shape[1] % 2 or x.stride(0) % 2 or x.data_ptr() % 4 or x.stride(1) != 1:
         raise ValueError("rows of x are contiguous pairs of elements")
+    _check_blocks(weight, positions, blocks, config.block, bias)
     _launch(x, weight, positions, blocks, out, weight.n // 2, topk, activation, config, bias, pdl)
 
 
@@ -111,12 +112,36 @@ def down(
     x: bfloat16 or float16 (pairs, padded(k)), contiguous, zero (or any finite number) from column k on.
     out: x's type or float32 (pairs, n), contiguous. The others as those of `gate_up`.
     """
+    check_down(x, weight, positions, blocks, out, config.block, bias)
+    _launch(x, weight, positions, blocks, out, weight.n, 0, None, config, bias, pdl)
+
+
+def check_down(
+    x: torch.Tensor,
+    weight: PreparedExperts,
+    positions: torch.Tensor,
+    blocks: torch.Tensor,
+    out: torch.Tensor,
+    block: int,
+    bias: torch.Tensor | None,
+) -> None:
+    """Raise ValueError for arguments that are none of `down` with blocks of `block`."""
     _check_operand(weight)
     if weight.gated or x.shape != (positions.shape[0], padded(weight.k)) or out.shape != (x.shape[0], weight.n):
         raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit weights {weight.n, weight.k}")
     if not x.is_contiguous() or not out.is_contiguous():
         raise ValueError("x and out are contiguous")
-    _launch(x, weight, positions, blocks, out, weight.n, 0, None, config, bias, pdl)
+    _check_blocks(weight, positions, blocks, block, bias)
+
+
+def _check_blocks(
+    weight: PreparedExperts, positions: torch.Tensor, blocks: torch.Tensor, block: int, bias: torch.Tensor | None
+) -> None:
+    most = most_blocks(positions.shape[0], weight.experts, block)
+    if blocks.shape != (most, BLOCK_FIELDS):
+        raise ValueError(f"{positions.shape[0]} pairs make up to {most} blocks of {block}, not {blocks.shape[0]}")
+    if bias is not None and (bias.shape != weight.row_scale.shape or bias.dtype != torch.float32 or not bias.is_contiguous()):
+        raise ValueError(f"bias is float32 {tuple(weight.row_scale.shape)}, contiguous")
 
 
 def _check_operand(weight: PreparedExperts) -> None:
@@ -137,12 +162,7 @@ def _launch(
     bias: torch.Tensor | None,
     pdl: bool,
 ) -> None:
-    most = most_blocks(positions.shape[0], weight.experts, config.block)
-    if blocks.shape != (most, BLOCK_FIELDS):
-        raise ValueError(f"{positions.shape[0]} pairs make up to {most} blocks of {config.block}, not {blocks.shape[0]}")
-    if bias is not None and (bias.shape != weight.row_scale.shape or bias.dtype != torch.float32 or not bias.is_contiguous()):
-        raise ValueError(f"bias is float32 {tuple(weight.row_scale.shape)}, contiguous")
-    if not most:
+    if not blocks.shape[0]:
         return
     k = x.shape[1]
     split = config.split or config.warps
@@ -151,7 +171,7 @@ def _launch(
     groups = config.warps // split
     tiles = min(config.tiles, weight.tiles // groups)
     name, alpha, limit = activation_arguments(activation)
-    _grouped[(ceil(weight.tiles / (tiles * groups)), most)](
+    _grouped[(ceil(weight.tiles / (tiles * groups)), blocks.shape[0])](
         x,
         positions,
         blocks,

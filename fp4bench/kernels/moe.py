@@ -6,7 +6,8 @@ What lies between is rounded to the type of x once, after the activation. The re
 float32, in the order of slots; for many tokens, where writing them takes time, they are rounded to x's type before. A result
 depends on its own row of x alone, and is the same on every run.
 
-For few tokens an expert `grouped` multiplies: four launches. For many `grouped_prefill`, whose rows are brought in order first.
+For few tokens an expert `grouped` multiplies, the second product `grouped_short` where its k is short: four launches. For many
+`grouped_prefill`, whose rows are brought in order first.
 In w4a8 the rows of x, and what lies between, are quantized to E4M3 with a scale a row.
 """
 
@@ -18,10 +19,11 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from fp4bench.kernels import grouped, routing
+from fp4bench.kernels import grouped, grouped_short, routing
 from fp4bench.kernels.experts import PreparedExperts, gated_rows
 from fp4bench.kernels.grouped import GroupedConfig
 from fp4bench.kernels.grouped_prefill import product
+from fp4bench.kernels.grouped_short import ShortConfig
 from fp4bench.kernels.prefill import PrefillConfig
 from fp4bench.kernels.quantize import quantize_fp8_rows
 from fp4bench.kernels.weights import UNIT_K
@@ -58,13 +60,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """How the two products are launched, both by `grouped` or both by `grouped_prefill`; their blocks are the same."""
+    """How the two products are launched: both by `grouped_prefill`, or both by `grouped`, the second one by `grouped_short`
+    where that can. Their blocks are the same.
+    """
 
     first: GroupedConfig | PrefillConfig
-    second: GroupedConfig | PrefillConfig
+    second: GroupedConfig | ShortConfig | PrefillConfig
 
     def __post_init__(self) -> None:
-        if type(self.first) is not type(self.second) or _block(self.first) != _block(self.second):
+        if self.is_wide != isinstance(self.second, PrefillConfig) or _block(self.first) != _block(self.second):
             raise ValueError(f"{self.first} and {self.second} have no blocks in common")
 
     @property
@@ -110,6 +114,8 @@ def default_config(m: int, topk: int, experts: int, intermediate: int, *, fp8: b
         return MoeConfig(wide, wide)
     block = 8 if m <= 8 or mean <= 3 else 16
     first, units = GroupedConfig(block, ahead=block == 8), ceil(intermediate / UNIT_K)
+    if grouped_short.fits(intermediate, block):
+        return MoeConfig(first, ShortConfig(block))
     if block == 8:  # so little work a CTA that more of them are better
         return MoeConfig(first, first)
     return MoeConfig(first, replace(first, split=4 if units >= 16 else 2 if units >= 8 else 1))
@@ -203,16 +209,22 @@ def _narrow_phases(
 ) -> dict[str, Callable[[], None]]:
     first, second = config.first, config.second
     assert isinstance(first, GroupedConfig)
-    assert isinstance(second, GroupedConfig)
+    assert not isinstance(second, PrefillConfig)
     positions, blocks, hidden, slots = space.positions, space.blocks, space.hidden, space.slots
     options: dict[str, Any] = {"topk": topk, "activation": layer.activation}
+    of_second: dict[str, Any] = {"bias": layer.second_bias, "pdl": pdl}
+
+    def gemm2() -> None:
+        if isinstance(second, ShortConfig):
+            grouped_short.down(hidden, layer.second, positions, blocks, slots, config=second, **of_second)
+        else:
+            grouped.down(hidden, layer.second, positions, blocks, slots, config=second, **of_second)
+
     return {
         "gemm1": lambda: grouped.gate_up(
             x, layer.first, positions, blocks, hidden, config=first, bias=layer.first_bias, pdl=pdl, **options
         ),
-        "gemm2": lambda: grouped.down(
-            hidden, layer.second, positions, blocks, slots, config=second, bias=layer.second_bias, pdl=pdl
-        ),
+        "gemm2": gemm2,
     }
 
 
@@ -271,7 +283,7 @@ def _quantize(x: torch.Tensor, out: RowQuantized, fragments: bool) -> None:
     quantize_fp8_rows(x, fragments=fragments, out=out)
 
 
-def _block(config: GroupedConfig | PrefillConfig) -> int:
+def _block(config: GroupedConfig | ShortConfig | PrefillConfig) -> int:
     return config.columns if isinstance(config, PrefillConfig) else config.block
 
 

@@ -9,6 +9,7 @@ from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
 from fp4bench.kernels import moe  # noqa: E402
 from fp4bench.kernels.experts import COLUMNS, prepare_experts  # noqa: E402
 from fp4bench.kernels.grouped import GroupedConfig  # noqa: E402
+from fp4bench.kernels.grouped_short import ShortConfig  # noqa: E402
 from fp4bench.kernels.moe import Layer, MoeConfig  # noqa: E402
 from fp4bench.kernels.prefill import PrefillConfig  # noqa: E402
 from fp4bench.models import SILU, Activation  # noqa: E402
@@ -75,8 +76,9 @@ def test_what_does_not_belong_together_is_refused():
     ):
         with pytest.raises(ValueError, match="layer"):
             Layer(first, second, SILU)
-    with pytest.raises(ValueError, match="no blocks in common"):
-        MoeConfig(GroupedConfig(8), GroupedConfig(16))
+    for second in (GroupedConfig(16), ShortConfig(16), PrefillConfig()):
+        with pytest.raises(ValueError, match="no blocks in common"):
+            MoeConfig(GroupedConfig(8), second)
     space = moe.workspace(3, 2, layer, MoeConfig(GroupedConfig(), GroupedConfig()))
     x = torch.zeros(3, 64, dtype=torch.bfloat16)
     ids, weights = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3, 2)
@@ -103,10 +105,12 @@ def test_blocks_are_as_wide_as_most_experts_need():
     assert moe.default_config(1, 2, 8, 128, fp8=True).block == 64
 
 
-def test_warps_share_k_where_it_is_long():
-    splits = {64: 1, 256: 1, 448: 1, 512: 2, 1024: 4, 2880: 4}
+def test_warps_share_k_where_it_is_long_and_have_all_of_it_where_it_is_short():
+    splits = {320: 1, 448: 1, 512: 2, 1024: 4, 2880: 4}
     assert {i: moe.default_config(256, 8, 256, i).second.split for i in splits} == splits
-    assert moe.default_config(64, 8, 256, 256).second.split is None
+    assert moe.default_config(64, 8, 256, 768).second.split is None
+    for m, intermediate, block in ((256, 64, 16), (256, 256, 16), (64, 256, 8), (64, 512, 8)):
+        assert moe.default_config(m, 8, 256, intermediate).second == ShortConfig(block)
 
 
 def routed(kind, m, topk, experts):
@@ -130,6 +134,9 @@ NARROW = [
     MoeConfig(GroupedConfig(16, tiles=8, ahead=True), GroupedConfig(16, tiles=5, warps=8)),
     MoeConfig(GroupedConfig(32), GroupedConfig(32, tiles=2, warps=8)),
     MoeConfig(GroupedConfig(16, split=1), GroupedConfig(16, tiles=1, warps=8, split=2)),
+    MoeConfig(GroupedConfig(8), ShortConfig(8)),
+    MoeConfig(GroupedConfig(16), ShortConfig(16, strip=2, ahead=2, warps=8)),
+    MoeConfig(GroupedConfig(8), ShortConfig(8, strip=3, ahead=3)),
 ]
 WIDE = [
     moe.default_config(40, 1, 1, 128),
