@@ -46,3 +46,25 @@ def multiplier(scales: str, byte: int, out: str, *, two_level: bool, half: bool)
     if half:
         return spread + f"shl.b32 {out}, {out}, 10; and.b32 {out}, {out}, 0x7C007C00;\n"
     return spread + f"shl.b32 {out}, {out}, 7;\n"
+
+
+# Of `slab_product`: A, scratch, and what A is multiplied with, in registers 0 and 2 and in 1 and 3.
+SLAB_REGISTERS = ".reg .b32 u, low, high, a0, a1, a2, a3;\n"
+
+
+@triton.constexpr_function
+def slab_product(slab: int, columns: int, words: int, x: int, *, half: bool) -> str:
+    """acc += A B for 16 of a unit's 64 columns: word `slab`, decoded and scaled, times x for `columns` rows of x.
+
+    Operands: accumulators from $0, four for each 8 rows of x; four words from $words; x from $x, eight for each 8 rows.
+    `SLAB_REGISTERS` are declared, `low` and `high` set. half: as float16, else as bfloat16.
+    """
+    kind = "f16" if half else "bf16"
+    a = ("a0", "a1", "a2", "a3")
+    text = (to_float16 if half else to_bfloat16)(f"${words + slab}", a, "u")
+    text += "".join(f"mul.rn.{kind}x2 {a[i]}, {a[i]}, {('low', 'high')[i % 2]};\n" for i in range(4))
+    for block in range(columns // 8):
+        acc = ", ".join(f"${4 * block + i}" for i in range(4))
+        b = f"${x + 8 * block + 2 * slab}, ${x + 8 * block + 2 * slab + 1}"
+        text += f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{acc}}}, {{a0, a1, a2, a3}}, {{{b}}}, {{{acc}}};\n"
+    return text

@@ -216,25 +216,14 @@ def _product(columns: int, two_level: bool, half: bool) -> str:
     Operands, four registers each: columns / 8 accumulators; words; four copies of the scales; x of columns 0 to 31 and 32 to 63
     of the unit, for each 8 columns; the accumulators again.
     """
-    blocks = columns // 8
-    words = 4 * blocks
+    words = columns // 2
     x = words + 8
-    kind = "f16" if half else "bf16"
-    decode = fragments.to_float16 if half else fragments.to_bfloat16
-    a = ("a0", "a1", "a2", "a3")
-    text = ".reg .b32 u, low, high, a0, a1, a2, a3;\n"
+    text = fragments.SLAB_REGISTERS
     for slab in range(4):
         if slab % 2 == 0:
             text += fragments.multiplier(f"${words + 4}", slab, "low", two_level=two_level, half=half)
             text += fragments.multiplier(f"${words + 4}", slab + 1, "high", two_level=two_level, half=half)
-        text += decode(f"${words + slab}", a, "u")
-        text += "".join(f"mul.rn.{kind}x2 {a[i]}, {a[i]}, {('low', 'high')[i % 2]};\n" for i in range(4))
-        for block in range(blocks):
-            acc = ", ".join(f"${4 * block + i}" for i in range(4))
-            b = f"${x + 8 * block + 2 * slab}, ${x + 8 * block + 2 * slab + 1}"
-            text += (
-                f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{acc}}}, {{a0, a1, a2, a3}}, {{{b}}}, {{{acc}}};\n"
-            )
+        text += fragments.slab_product(slab, columns, words, x, half=half)
     return "{\n" + text + "}"
 
 
