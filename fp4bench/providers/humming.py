@@ -7,13 +7,15 @@ out once, padded as vLLM pads them, and chooses its launch for each m.
 FP8 activations get a float32 scale a row, amax / 448, within the call. MXFP4 weights then become E4M3 by one scale a tensor:
 exact while the block scales of a tensor lie within 11 binades; Humming rounds the blocks below.
 
-Where several thread blocks share an output, they add their parts up in bfloat16, in memory: outputs are less exact than float32
-sums (NVIDIA H200, n = 128, k = 1344, m = 1: 51 of 128 elements beyond their bound). FP8 activations are multiplied by the
-reciprocal of their scale, where the reference divides: ties round either way (`fp4bench.checking.ties`).
+Where several thread blocks share an output, they add their parts up in bfloat16, in memory: outputs are less exact than
+float32 sums, and the less the fewer tiles there are for all of them (NVIDIA H200, n = 128, k = 1344, where 21 blocks can share
+a tile, x with outliers: 0.24 of the spread; n = 384, k = 256: 0.01). FP8 activations are multiplied by the reciprocal of their
+scale, where the reference divides: ties round either way (`fp4bench.checking.ties`).
 """
 
 import os
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
 import torch
@@ -33,6 +35,9 @@ _ACTIVATIONS = {"bf16": None, "fp8": {"dtype": "float8e4m3"}}
 
 # vLLM's choice (0.26.0). Humming's tiles are powers of two, and its kernels skip the padding.
 _PAD = {"pad_n_to_multiple": 256, "pad_k_to_multiple": 128}
+
+_WIDEST_TILE, _STEP, _LONGEST_UNSHARED = 256, 64, 1024
+_SMS = 132  # of Hopper
 
 
 class HummingProvider:
@@ -68,8 +73,12 @@ class HummingProvider:
         return None
 
     def accumulation(self, problem: GemmProblem | MoeProblem, device: Device) -> Accumulation:
-        """Three roundings to bfloat16 of partial sums within 6 times the spread, 3 * 6 * 2**-8, are one addition of 9 bits."""
-        return Accumulation(bits=9, terms=problem.k)
+        """Roundings to bfloat16 of partial sums within 6 times the spread, 6 * 2**-9 each, one of each part of k.
+
+        Six of them are one addition of 9 bits (36 * 2**-9), as `fp4bench.checking` counts; p of them are (p / 6)**2.
+        """
+        parts = _parts(problem, device) if isinstance(problem, GemmProblem) else 1
+        return Accumulation(bits=9, terms=max(1, int(problem.k / max(1.0, parts / 6) ** 2)))
 
     def prepare(self, problem: Any, inputs: Any) -> Runner:
         rule = self.rules[problem.format.name][0]
@@ -80,6 +89,14 @@ class HummingProvider:
         layer.load_from_tensors(_checkpoint(w))
         layer.transform()
         return lambda: layer(inputs.x)
+
+
+def _parts(problem: GemmProblem, device: Device) -> int:
+    """The most thread blocks that share an output: one an SM, steps of 64 columns; up to k = 1024 it is one (0.1.19)."""
+    if problem.k <= _LONGEST_UNSHARED:
+        return 1
+    tiles = ceil(problem.n / _WIDEST_TILE)
+    return min(ceil(problem.k / _STEP), ceil((device.sm_count or _SMS) / tiles))
 
 
 def _layer(problem: GemmProblem, x: torch.Tensor) -> Any:

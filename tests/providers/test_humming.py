@@ -87,6 +87,14 @@ def test_it_hands_over_a_checkpoint(mode, fmt, humming):
         assert check(problem, inputs, humming.rules[fmt.name][0], run()).rows == problem.m
 
 
+def test_the_bound_widens_where_many_thread_blocks_share_an_output(humming):
+    """36 * 2**-9 of the spread are six roundings: with 21 parts of k (of 64 columns each, one tile) it is 21 of them."""
+    terms = [humming.accumulation(gemm(n=n, k=k), H200).terms for n, k in ((128, 1024), (128, 1344), (8192, 8192))]
+    assert terms[0] == 1024
+    assert (1344 / terms[1]) ** 0.5 == pytest.approx(21 / 6, rel=0.01)
+    assert terms[2] == 8192  # 5 parts
+
+
 def test_each_layer_gets_its_own_configuration(humming):
     problem = gemm()
     assert humming.prepare(problem, problem.inputs())().shape == humming.prepare(problem, problem.inputs())().shape
