@@ -102,7 +102,8 @@ def test_blocks_are_as_wide_as_most_experts_need():
     assert {m: moe.default_config(m, 8, 256, 128).block for m in blocks} == blocks
     blocks = {1: 8, 8: 8, 12: 8, 13: 16, 48: 16, 49: 64, 161: 128}
     assert {m: moe.default_config(m, 2, 8, 128).block for m in blocks} == blocks
-    assert moe.default_config(1, 2, 8, 128, fp8=True).block == 64
+    blocks = {1: 16, 384: 16, 385: 32, 768: 32, 769: 64, 1280: 64, 1281: 128}
+    assert {m: moe.default_config(m, 8, 256, 128, fp8=True).block for m in blocks} == blocks
 
 
 def test_warps_share_k_where_it_is_long_and_have_all_of_it_where_it_is_short():
