@@ -17,7 +17,10 @@ from triton.language.extra import cuda
 # alone, how many blocks there are.
 BLOCK_FIELDS = 4
 
-_CHUNK = 2048  # choices that a program has in registers at a time: 16 a thread
+# Choices that a program has in registers at a time, up to 16 a thread of up to 16 warps. With 4 warps and 2048 at a time 8192
+# choices of 256 experts took 16.5 us on an H200, and 16384 32 us: 2 % of a layer at TP 8.
+_CHUNK = 8192
+_FEWEST_A_WARP, _MOST_WARPS = 256, 16
 _COLUMNS = 1024  # of the output, that a program of `combine` computes
 
 
@@ -45,6 +48,7 @@ def order(
         raise ValueError(f"{pairs} pairs of {experts} experts may make {most_blocks(pairs, experts, rows)} blocks of {rows}")
     if pairs == 0:
         return
+    chunk = min(_CHUNK, max(32, triton.next_power_of_2(pairs)))
     _order[(experts,)](
         ids,
         positions,
@@ -54,9 +58,9 @@ def order(
         blocks.shape[0],
         rows,
         BINS=max(32, triton.next_power_of_2(experts)),
-        CHUNK=min(_CHUNK, max(32, triton.next_power_of_2(pairs))),
+        CHUNK=chunk,
         PDL=pdl,
-        num_warps=4,
+        num_warps=min(_MOST_WARPS, max(4, chunk // _FEWEST_A_WARP)),
         **_launch(pdl),
     )
 
@@ -200,16 +204,12 @@ def _gather(  # type: ignore[no-untyped-def]
     position = tl.program_id(0)
     # Positions of choices that were left out hold anything: no row that is read must lie outside.
     token = tl.minimum(tl.maximum(tl.load(positions + position) // topk, 0), m - 1)
-    place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    # A place is lane t's, half h of word j, the even or the odd one of a pair (e).
-    j, sixteenth = place % 32 // 16, place % 16
-    if BYTES:
-        h, t, e = sixteenth % 2, sixteenth // 4, sixteenth // 2 % 2
-    else:
-        h, t, e = sixteenth // 8, sixteenth // 2 % 4, sixteenth % 2
-    column = place // 32 * 32 + 8 * t + 4 * j + 2 * h + e
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     value = tl.load(rows + token.to(tl.int64) * stride + column, mask=column < k, other=0)
-    tl.store(out + position.to(tl.int64) * out_stride + place, value, mask=place < k_out)
+    # Columns of 32 are lane t's pair h of word j, the even or the odd one of a pair (e): read as they stand, 16 bytes a thread.
+    value = tl.reshape(value, (COLUMNS // 32, 4, 2, 2, 2))
+    value = tl.permute(value, (0, 2, 1, 4, 3) if BYTES else (0, 2, 3, 1, 4))
+    tl.store(out + position.to(tl.int64) * out_stride + column, tl.reshape(value, (COLUMNS,)), mask=column < k_out)
     if HAS_SCALES:
         if tl.program_id(1) == 0:
             tl.store(out_scales + position, tl.load(scales + token))
