@@ -13,7 +13,7 @@ import numpy as np
 # 1 - first version
 # 2 - paced timing by clock stamps: pace, cycles_q25, cycles_q75, event_seconds, gap_s, injected; the run says its session,
 #     whether it is complete and valid, its options, ceilings and canaries, and for what reason it was accepted
-# 3 - copies of the operands, of which large ones have several too
+# 3 - copies of the operands, of which large ones have several too; later runs also say how often samples were `retaken`
 FORMAT = 3
 
 # What was computed, who computed it, what came out, and the state it was timed in.
@@ -26,7 +26,8 @@ KEYS = (
     *("clock", "l2", "copies", "pace", "gap_s", "seconds_q10", "seconds_q25", "seconds_q75", "seconds_q90", "event_seconds"),
     *("eager_seconds", "launch_seconds", "phases"),
     *("cycles", "cycles_q25", "cycles_q75", "sm_mhz", "sm_mhz_min"),
-    *("throttle_reasons", "power_w", "temperature_c", "samples", "calls_per_sample", "kernels", "skipped", "injected"),
+    *("throttle_reasons", "power_w", "temperature_c", "samples", "calls_per_sample", "retaken"),
+    *("kernels", "skipped", "injected"),
 )
 
 # Two measurements of a case are comparable only where these agree: the work, the way that the provider was asked to do it, and

@@ -27,6 +27,7 @@ class Measurement:
     cycles, sm_mhz: SM cycles of one call and the SMs' mean clock, by sample; None without clock stamps.
     event_seconds: the same samples by CUDA events, a cross-check; they include the launch of the graph.
     kernels: names and grids of one call's kernels, where the graph tells them.
+    retaken: how often all samples were taken anew, because the device was not in its usual state.
     """
 
     seconds: tuple[float, ...]
@@ -40,6 +41,7 @@ class Measurement:
     sm_mhz: tuple[float, ...] | None = None
     event_seconds: tuple[float, ...] | None = None
     kernels: tuple[str, ...] | None = None
+    retaken: int = 0
 
 
 class Clock(Protocol):

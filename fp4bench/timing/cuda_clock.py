@@ -1,6 +1,6 @@
 """The clock of CUDA GPUs: calls in a CUDA graph between clock stamps, paced; CUDA events where that cannot be."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
@@ -12,6 +12,7 @@ from fp4bench.devices import Device
 from fp4bench.timing.clock import Call, Measurement
 from fp4bench.timing.graphs import GraphMemory, Reading, TimedGraph, copies_needed, kernels_of, must_flush, stamps_available
 from fp4bench.timing.pacing import Pace, take
+from fp4bench.timing.steadiness import Steadiness
 
 # Calls without a graph are timed in so many bursts: a host's times vary by percents, and a median of fewer says less.
 _EAGER_BURSTS = 9
@@ -19,12 +20,16 @@ _EAGER_BURSTS = 9
 # More nodes than this make capture and instantiation slower than what is measured: 10,000 launches take some 0.1 s.
 _MOST_CALLS = 1000
 
+# Launches of tiny kernels in a look at the GPU's state: 24 us (NVIDIA H200), and as many of them as of the canary.
+_LAUNCHES = 20
+
 
 class CudaClock:
     """Device time of calls that are captured in a CUDA graph.
 
     Several calls fill a sample. They work on copies of the operands that exceed the L2 together, or, where they are too small
-    for that, the L2 is overwritten before each call. A warm clock does neither.
+    for that, the L2 is overwritten before each call. A warm clock does neither. Paced samples that were taken while launches
+    cost something else than usual are taken anew (`steadiness`).
 
     memory: the pool that its graphs share, or None for one of their own.
     """
@@ -34,6 +39,8 @@ class CudaClock:
         self._memory = memory
         self._device, self._l2_bytes, self._pace, self._warm = device, device.l2_bytes, pace, warm
         self._flush = torch.empty(0 if warm else 2 * device.l2_bytes, dtype=torch.int8, device=device.torch_name)
+        # A rest before samples are taken anew would end the state that a sustained pace is to measure.
+        self._steadiness = Steadiness(_launches(device)) if pace.gap_seconds and stamps_available(device) else None
 
     def copies(self, bytes_touched: int) -> int:
         return 1 if self._warm else copies_needed(bytes_touched, self._l2_bytes)
@@ -83,10 +90,17 @@ class CudaClock:
         delay = max(0.0, slowdown * seconds * rounds * len(calls) - self._spin_overhead) if slowdown else 0.0
         graph = once if rounds == 1 and not slowdown else TimedGraph(calls, rounds, self._device, flush, delay, self._memory)
         del once
-        readings, gap = take(graph.read, self._pace)
+        (readings, gap), retaken = self._taken(graph)
         l2 = "warm" if self._warm else "cold" if flush is None else "cold_flush"
         timed = self._measurement(readings, graph.calls, l2)
-        return replace(timed, copies=len(calls), gap_seconds=gap, kernels=kernels_of(calls[0], self._memory))
+        kernels = kernels_of(calls[0], self._memory)
+        return replace(timed, copies=len(calls), gap_seconds=gap, kernels=kernels, retaken=retaken)
+
+    def _taken(self, graph: TimedGraph) -> tuple[tuple[list[Reading], float], int]:
+        """The readings with their gap, and how often they were taken anew."""
+        if self._steadiness is None:
+            return take(graph.read, self._pace), 0
+        return self._steadiness.under(lambda: take(graph.read, self._pace))
 
     def _measurement(self, readings: Sequence[Reading], calls: int, l2: str) -> Measurement:
         stamped = stamps_available(self._device)
@@ -139,6 +153,25 @@ class CudaClock:
         l2 = "warm" if self._warm else "cold_flush"
         seconds = tuple(r.seconds for r in readings)
         return Measurement(seconds, 1, "cuda_events", l2, pace=self._pace.name, gap_seconds=gap)
+
+
+def _launches(device: Device) -> Callable[[], float]:
+    """Reads the SM cycles of a chain of tiny kernels, the median of three: what launches cost now."""
+    with torch.cuda.device(device.torch_name):
+        x = torch.zeros(256, device=device.torch_name)
+
+        def chain() -> None:
+            for _ in range(_LAUNCHES):
+                x.add_(1.0)
+
+        chain()
+        graph = TimedGraph([chain], 1, device)
+
+    def look() -> float:
+        with torch.cuda.device(device.torch_name):
+            return median(graph.read().cycles or 0.0 for _ in range(3))
+
+    return look
 
 
 def _not_capturable(error: RuntimeError) -> bool:

@@ -197,6 +197,7 @@ class Measurer:
                 "pace": measured.pace,
                 "gap_s": measured.gap_seconds,
                 "calls_per_sample": measured.calls_per_sample,
+                "retaken": measured.retaken,
                 "kernels": list(measured.kernels) if measured.kernels is not None else None,
                 "error": agreement.error,
                 "exact": agreement.exact,
