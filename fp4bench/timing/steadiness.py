@@ -1,9 +1,9 @@
 """Is the GPU in its usual state while a case is timed? Looked up by what launches cost just before and just after.
 
-On NVIDIA H200s the kernels of a graph follow each other 0.17 to 0.4 us faster now and then, for about a second, on two cards of a
-machine at the same moment: the canary `launches` took 20.5 us once, and 24.05 before and after. Of 32 accepted runs 11 hold one
-or two neighbouring cases, chains of dozens of small kernels, that were 1 to 22 % faster than in all other runs. Their samples
-agree with each other within 0.1 %, so nothing but such a look tells, and they are taken anew.
+On NVIDIA H200s the kernels of a graph follow each other 0.17 to 0.4 us faster now and then, for about a second, on two cards of
+a machine at the same moment: the canary `launches` took 20.5 us once, and 24.05 before and after. Of 32 accepted runs 11 hold
+one or two neighbouring cases, chains of dozens of small kernels, that were 1 to 22 % faster than in all other runs. Their
+samples agree with each other, so nothing but such a look tells, and they are taken anew.
 """
 
 import time
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 Taken = TypeVar("Taken")
 
-# Of 116 readings of that canary in 32 runs of H200s 115 are within 0.3 % of their run's median, and the other state is 15 % away.
+# Of 116 readings of that canary in 32 runs 115 are within 0.3 % of their run's median, and the other state is 15 % away.
 _APART = 0.05
 # The other state has lasted for one or two cases, less than 1.5 s.
 _PAUSE_SECONDS, _MOST_RETAKEN = 0.5, 4
