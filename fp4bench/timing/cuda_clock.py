@@ -91,6 +91,8 @@ class CudaClock:
         graph = once if rounds == 1 and not slowdown else TimedGraph(calls, rounds, self._device, flush, delay, self._memory)
         del once
         (readings, gap), retaken = self._taken(graph)
+        if not graph.delayed():
+            raise RuntimeError(f"a delay of {delay * 1e6:.1f} us was asked for, and less was spent: this is no drill of the gate")
         l2 = "warm" if self._warm else "cold" if flush is None else "cold_flush"
         timed = self._measurement(readings, graph.calls, l2)
         kernels = kernels_of(calls[0], self._memory)
@@ -121,8 +123,10 @@ class CudaClock:
         """Seconds that a delay of no length takes in a graph: its launch."""
         from fp4bench.timing.stamps import spin
 
-        many = TimedGraph([lambda: spin(0)], 200, self._device)
-        few = TimedGraph([lambda: spin(0)], 100, self._device)
+        told = torch.zeros(1, dtype=torch.int64, device=self._device.torch_name)
+        spin(0, told)
+        many = TimedGraph([lambda: spin(0, told)], 200, self._device)
+        few = TimedGraph([lambda: spin(0, told)], 100, self._device)
         many.read(), few.read()
         return (many.read().seconds * 200 - few.read().seconds * 100) / 100
 

@@ -79,7 +79,7 @@ class TimedGraph:
     """`rounds` rounds of all calls in one graph. `read` replays it once.
 
     With a flush, each call stands between its own stamps and the L2 is overwritten before it; otherwise one pair of stamps
-    brackets all calls. `delay` seconds are spent inside the brackets, for drills.
+    brackets all calls. `delay` seconds are spent inside the brackets, for drills; `delayed` tells whether they were.
     """
 
     def __init__(
@@ -95,13 +95,14 @@ class TimedGraph:
         self.calls = len(calls) * rounds
         self._flush = flush
         self._stamps = _stamps(self.calls if flush is not None else 1, device)
+        self._delay, self._told = delay, torch.zeros(1, dtype=torch.int64, device=device.torch_name) if delay else None
         self._graph = torch.cuda.CUDAGraph()
         self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.graph(self._graph, pool=memory.handle if memory else None, capture_error_mode="thread_local"):
-            self._capture(calls, rounds, delay)
+            self._capture(calls, rounds)
         torch.cuda.synchronize()
 
-    def _capture(self, calls: Sequence[Call], rounds: int, delay: float) -> None:
+    def _capture(self, calls: Sequence[Call], rounds: int) -> None:
         # Each call's output lives until its copy is called again: outputs are as cold as operands.
         kept: list[Any] = [None] * len(calls)
         stamps, flush = self._stamps, self._flush
@@ -113,14 +114,18 @@ class TimedGraph:
             if stamps and flush is not None:
                 stamps.start(number)
             kept[number % len(calls)] = calls[number % len(calls)]()
-            if number == self.calls - 1 and delay:
+            if number == self.calls - 1 and self._delay:
                 from fp4bench.timing.stamps import spin
 
-                spin(round(delay * 1e9))
+                spin(round(self._delay * 1e9), self._told)
             if stamps and flush is not None:
                 stamps.stop(number)
         if stamps and flush is None:
             stamps.stop()
+
+    def delayed(self) -> bool:
+        """Whether the delay, where there is one, was spent in the last replay that was read."""
+        return self._told is None or float(self._told) >= 0.999 * self._delay * 1e9
 
     def replay(self) -> None:
         """Queue one replay that is not read."""

@@ -22,18 +22,24 @@ def _stamp(out, slots):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     tl.store(out + 2 * sm + 1, cycles, mask=sm < slots)
 
 
-@triton.jit
-def _spin(nanoseconds):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Keep the stream busy for so long by %globaltimer."""
+# One binary for all lengths: it is loaded before a graph is captured, and not for the first time while one is.
+@triton.jit(do_not_specialize=["nanoseconds"])
+def _spin(nanoseconds, told):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Keep the stream busy for so long by %globaltimer, and write how long it was to told, int64, unless that is None."""
     start = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
     now = start
     while now - start < nanoseconds:
         now = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+    if told is not None:
+        tl.store(told, now - start)
 
 
-def spin(nanoseconds: int) -> None:
-    """Queue a delay of `nanoseconds` on the current stream; the launch itself takes about a microsecond more."""
-    _spin[(1,)](nanoseconds, num_warps=1)
+def spin(nanoseconds: int, told: torch.Tensor | None = None) -> None:
+    """Queue a delay of `nanoseconds` on the current stream; the launch itself takes about a microsecond more.
+
+    told: int64 of one element, where it writes how many nanoseconds passed.
+    """
+    _spin[(1,)](nanoseconds, told, num_warps=1)
 
 
 @dataclass(frozen=True)

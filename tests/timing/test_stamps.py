@@ -39,12 +39,15 @@ def test_the_kernels_compile_for(capability, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    def ptx(kernel, signature):
-        source = ASTSource(fn=kernel, signature=signature)
+    def ptx(kernel, signature, **constants):
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1}).asm["ptx"]
 
     stamp = ptx(stamps._stamp, {"out": "*i64", "slots": "i32"})
     assert [register for register in ("%smid", "%globaltimer", "%clock64") if register not in stamp] == []
     assert stamp.count("st.global") == 2
     # The timer is read again in the loop: the compiler took none of the reads for a constant.
-    assert ptx(stamps._spin, {"nanoseconds": "i64"}).count("%globaltimer") >= 2
+    spin = ptx(stamps._spin, {"nanoseconds": "i64", "told": "*i64"})
+    assert spin.count("%globaltimer") >= 2
+    assert spin.count("st.global") == 1
+    assert "st.global" not in ptx(stamps._spin, {"nanoseconds": "i64", "told": "constexpr"}, told=None)
