@@ -92,7 +92,7 @@ class CudaClock:
         del once
         (readings, gap), retaken = self._taken(graph)
         if not graph.delayed():
-            raise RuntimeError(f"a delay of {delay * 1e6:.1f} us was asked for, and less was spent: this is no drill of the gate")
+            raise RuntimeError(f"a delay of {delay * 1e6:.1f} us was asked for, and less was spent: this drills nothing")
         l2 = "warm" if self._warm else "cold" if flush is None else "cold_flush"
         timed = self._measurement(readings, graph.calls, l2)
         kernels = kernels_of(calls[0], self._memory)
