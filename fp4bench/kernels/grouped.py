@@ -37,6 +37,8 @@ class GroupedConfig:
     warps: of a CTA, 4 or 8. split: how many of them share k, a power of two, None for all; the others have tiles of their own,
         so that `tiles` are those of each. For a k of few units, where a warp of many would have next to nothing to do.
     ahead: hold x of the next unit while one is computed.
+    depth: units of each tile that are on their way or computed, and with more than one of them, of x. For few CTAs, whose bytes
+        on the way are not what the memory's latency takes; not with `ahead`.
     max_registers: of a thread, None for the compiler's choice.
     """
 
@@ -46,12 +48,15 @@ class GroupedConfig:
     split: int | None = None
     ahead: bool = False
     max_registers: int | None = None
+    depth: int = 1
 
     def __post_init__(self) -> None:
         if self.block not in (8, 16, 24, 32) or not 1 <= self.tiles <= 8 or self.warps not in (4, 8):
             raise ValueError(f"{self}: block is 8, 16, 24 or 32, tiles is 1 to 8, warps 4 or 8")
         if self.split is not None and self.warps % self.split:
             raise ValueError(f"{self}: split divides warps")
+        if self.depth < 1 or (self.depth > 1 and self.ahead):
+            raise ValueError(f"{self}: depth is at least 1, and 1 with ahead")
 
 
 def activation_arguments(activation: Activation | None) -> tuple[str, float, float]:
@@ -170,6 +175,7 @@ def _launch(
         split = config.warps
     groups = config.warps // split
     tiles = min(config.tiles, weight.tiles // groups)
+    steps = ceil(weight.units / split)
     name, alpha, limit = activation_arguments(activation)
     _grouped[(ceil(weight.tiles / (tiles * groups)), blocks.shape[0])](
         x,
@@ -189,7 +195,7 @@ def _launch(
         alpha,
         limit,
         UNITS=weight.units,
-        STEPS=ceil(weight.units / split),
+        STEPS=steps,
         TILES=tiles,
         SPLIT=split,
         WARPS=config.warps,
@@ -200,6 +206,7 @@ def _launch(
         ALL_COLUMNS=k % UNIT_K == 0,
         ALIGNED=k % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0,
         AHEAD=config.ahead,
+        DEPTH=min(config.depth, steps),
         num_warps=config.warps,
         launch_pdl=pdl,
         maxnreg=config.max_registers,
@@ -266,6 +273,7 @@ def _grouped(
     ALL_COLUMNS: gl.constexpr,
     ALIGNED: gl.constexpr,
     AHEAD: gl.constexpr,
+    DEPTH: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
     # Four registers a thread: a lane's words of a unit, its x of 32 columns, or its accumulators.
     FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
@@ -293,14 +301,16 @@ def _grouped(
         # NVFP4's scale is of the lane's columns of 32: the first 16 of them or the others.
         PER_G: gl.constexpr = 2 if TWO_LEVEL else 1
         scales_at = scales + tile * (UNITS * 8 * PER_G) + (warp * 8 + lane // 4) * PER_G + lane % 4 * PER_G // 4
-        unit = _load_unit(words_at, scales_at, 0, warp, UNITS, SPLIT, TILES, TWO_LEVEL)
+        queue = ()  # type: ignore[var-annotated]
+        for step in gl.static_range(DEPTH):
+            queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, SPLIT, TILES, TWO_LEVEL)
         if ACTIVATION == "":
             # Everything above is the weight's. x is of the kernel before.
             gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
             gl.inline_asm_elementwise(_LAUNCH, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
         scale_at = row_scale + expert.to(gl.int64) * tiles * 16
         bias_at = bias + expert.to(gl.int64) * tiles * 16
-        operands = (x, x_stride, topk, k, positions, words_at, scales_at, unit)
+        operands = (x, x_stride, topk, k, positions, words_at, scales_at, queue)
         results = (scale_at, bias_at, out, out_stride, columns, alpha, limit)
         # The narrowest product that holds the block's pairs.
         for width in gl.static_range(8, BLOCK + 1, 8):
@@ -324,6 +334,7 @@ def _grouped(
                     ALL_COLUMNS,
                     ALIGNED,
                     AHEAD,
+                    DEPTH,
                     FOUR,
                 )
     else:
@@ -352,11 +363,27 @@ def _compute(
     ALL_COLUMNS: gl.constexpr,
     ALIGNED: gl.constexpr,
     AHEAD: gl.constexpr,
+    DEPTH: gl.constexpr,
     FOUR: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
     """A block of up to COLUMNS pairs by the tiles of this CTA."""
     acc = _sums(
-        operands, at, pairs, thread, UNITS, STEPS, TILES, WARPS, SPLIT, COLUMNS, TWO_LEVEL, ALL_COLUMNS, ALIGNED, AHEAD, FOUR
+        operands,
+        at,
+        pairs,
+        thread,
+        UNITS,
+        STEPS,
+        TILES,
+        WARPS,
+        SPLIT,
+        COLUMNS,
+        TWO_LEVEL,
+        ALL_COLUMNS,
+        ALIGNED,
+        AHEAD,
+        DEPTH,
+        FOUR,
     )
     _store(acc, results, operands[4], at, pairs, first, TILES, WARPS, SPLIT, COLUMNS, HAS_BIAS, ACTIVATION)
 
@@ -377,10 +404,11 @@ def _sums(
     ALL_COLUMNS: gl.constexpr,
     ALIGNED: gl.constexpr,
     AHEAD: gl.constexpr,
+    DEPTH: gl.constexpr,
     FOUR: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
     """Each warp's share of the sums over k. -> for each tile COLUMNS / 8 float32 [threads, 4]."""
-    x, x_stride, topk, k, positions, words_at, scales_at, unit = operands
+    x, x_stride, topk, k, positions, words_at, scales_at, queue = operands
     lane = thread % 32
     warp = thread // 32 % SPLIT
     rows = _rows_of_x(x, x_stride, topk, positions, at, pairs, lane, COLUMNS)
@@ -388,16 +416,22 @@ def _sums(
     for _ in gl.static_range(TILES * (COLUMNS // 8)):
         acc = acc + (gl.zeros([32 * WARPS, 4], gl.float32, FOUR),)
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16
-    b = _load_x(rows, pairs, 0, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
-    for step in range(1, STEPS):
+    # x of each step in the queue.
+    b = ()  # type: ignore[var-annotated]
+    for step in gl.static_range(DEPTH):
+        b = b + _load_x(rows, pairs, step, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
+    OF_X: gl.constexpr = COLUMNS // 4
+    for step in range(DEPTH, STEPS):
         if AHEAD:
             next_b = _load_x(rows, pairs, step, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
-        acc = _multiply(unit, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
-        unit = _load_unit(words_at, scales_at, step, warp, UNITS, SPLIT, TILES, TWO_LEVEL)
+        acc = _multiply(queue, b[:OF_X], acc, TILES, COLUMNS, TWO_LEVEL, HALF)
+        queue = queue[2 * TILES :] + _load_unit(words_at, scales_at, step, warp, UNITS, SPLIT, TILES, TWO_LEVEL)
         if not AHEAD:
             next_b = _load_x(rows, pairs, step, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
-        b = next_b
-    return _multiply(unit, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
+        b = b[OF_X:] + next_b
+    for i in gl.static_range(DEPTH):
+        acc = _multiply(queue[2 * TILES * i :], b[OF_X * i : OF_X * (i + 1)], acc, TILES, COLUMNS, TWO_LEVEL, HALF)
+    return acc
 
 
 @gluon.jit

@@ -73,7 +73,7 @@ def compiled(k=7168, block=8, two_level=True, tiles=4, warps=4, activation="silu
     constants = {
         **{"UNITS": units, "STEPS": -(-units // warps), "TILES": tiles, "WARPS": warps, "SPLIT": warps, "BLOCK": block},
         **{"TWO_LEVEL": two_level, "HAS_BIAS": False, "ACTIVATION": activation, "ALL_COLUMNS": k % 64 == 0},
-        **{"ALIGNED": True, "AHEAD": False},
+        **{"ALIGNED": True, "AHEAD": False, "DEPTH": 1},
         **constants,
     }
     return compile_gluon(grouped._grouped, types, constants, warps=warps)
@@ -87,8 +87,9 @@ def compiled(k=7168, block=8, two_level=True, tiles=4, warps=4, activation="silu
         ({"block": 16}, 128),
         ({"activation": "", "k": 256, "SPLIT": 1, "STEPS": 4}, 84),
         ({"two_level": False, "activation": "swiglu", "HAS_BIAS": True, "k": 2880}, 84),
+        ({"warps": 8, "DEPTH": 2}, 128),  # two CTAs of eight
     ],
-    ids=["gate_up", "down", "sixteen", "short", "gpt-oss"],
+    ids=["gate_up", "down", "sixteen", "short", "gpt-oss", "deep"],
 )
 def test_it_compiles_to_mma_on_16_byte_loads_without_spills(variant, most_registers, tmp_path):
     binary = compiled(**variant)
@@ -96,7 +97,7 @@ def test_it_compiles_to_mma_on_16_byte_loads_without_spills(variant, most_regist
     assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in text
     weights = r"ld\.global\S*evict_first\S*\.v4\.b32"
     # Of each block of up to 8 and of up to 16 pairs: a unit of each of four tiles for each step of the loop.
-    assert len(re.findall(weights, text)) == (4 * 3 if variant.get("block") == 16 else 4 * 2)
+    assert len(re.findall(weights, text)) == (4 * 3 if variant.get("block") == 16 else 4 * (1 + variant.get("DEPTH", 1)))
     before, _, after = text.partition("griddepcontrol.wait")
     if variant.get("activation") == "":
         # Weights first, then the wait for the kernel before, then x.
@@ -122,6 +123,9 @@ def test_a_launch_that_cannot_be_is_refused(change):
         GroupedConfig(**change)
     with pytest.raises(ValueError, match="split divides warps"):
         GroupedConfig(warps=4, split=8)
+    for change in ({"depth": 0}, {"depth": 2, "ahead": True}):
+        with pytest.raises(ValueError, match="depth is at least 1, and 1 with ahead"):
+            GroupedConfig(**change)
 
 
 def test_operands_that_do_not_fit_are_refused():

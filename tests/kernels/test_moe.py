@@ -135,6 +135,7 @@ NARROW = [
     MoeConfig(GroupedConfig(16, tiles=8, ahead=True), GroupedConfig(16, tiles=5, warps=8)),
     MoeConfig(GroupedConfig(32), GroupedConfig(32, tiles=2, warps=8)),
     MoeConfig(GroupedConfig(16, split=1), GroupedConfig(16, tiles=1, warps=8, split=2)),
+    MoeConfig(GroupedConfig(8, warps=8, depth=2), GroupedConfig(8, depth=3)),
     MoeConfig(GroupedConfig(8), ShortConfig(8)),
     MoeConfig(GroupedConfig(16), ShortConfig(16, strip=2, ahead=2, warps=8)),
     MoeConfig(GroupedConfig(8), ShortConfig(8, strip=3, ahead=3)),
