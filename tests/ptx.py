@@ -97,6 +97,8 @@ def _multiply(dtype):
 
 
 def _minmax(choose):
+    """torch.maximum and torch.minimum give NaN where either is, as .NaN does; without it the other number is the result."""
+
     def of_pairs(a, b):
         x, y = (torch.from_numpy(halves(r, torch.bfloat16).T.copy()) for r in (a, b))
         return registers(choose(x, y), torch.bfloat16)
@@ -167,7 +169,10 @@ _INSTRUCTIONS = {
     "mul.rn.f16x2": _multiply(torch.float16),
     "min.bf16x2": _minmax(torch.minimum),
     "max.bf16x2": _minmax(torch.maximum),
+    "max.NaN.bf16x2": _minmax(torch.maximum),
+    "abs.bf16x2": lambda a: a & np.uint32(0x7FFF7FFF),
     "fma.rn.bf16x2": _fma,
+    "min.u16x2": lambda a, b: np.minimum(a.view(np.uint16), b.view(np.uint16)).view(np.uint32),
     "max.u16x2": lambda a, b: np.maximum(a.view(np.uint16), b.view(np.uint16)).view(np.uint32),
     "add.rn.f32": _float32(np.add),
     "sub.rn.f32": _float32(np.subtract),

@@ -112,12 +112,20 @@ def _butterfly(values: dict[tuple[int, int], str], step: int) -> list[str]:
 
 
 @triton.constexpr_function
+def ones() -> list[str]:
+    """What `to_odd` needs once: min of halves takes no number as an operand."""
+    return [".reg .b32 ones", "mov.b32 ones, 0x00010001"]
+
+
+@triton.constexpr_function
 def to_odd(pair: str, low: str, high: str) -> list[str]:
-    """Two float32, which are overwritten, as a pair of bfloat16 whose last bit says whether any was lost. Uses `u`."""
-    lines = []
-    for v in (low, high):
-        lines += [f"add.u32 u, {v}, 0xffff", f"lop3.b32 {v}, u, 0x10000, {v}, 0xea"]  # 0xea: (a & b) | c
-    return [*lines, f"prmt.b32 {pair}, {low}, {high}, 0x7632"]
+    """Two float32 as a pair of bfloat16 whose last bits say whether any was lost. Uses `u` and `ones`."""
+    return [
+        f"prmt.b32 u, {low}, {high}, 0x5410",
+        "min.u16x2 u, u, ones",
+        f"prmt.b32 {pair}, {low}, {high}, 0x7632",
+        f"or.b32 {pair}, {pair}, u",
+    ]
 
 
 @triton.constexpr_function
@@ -125,20 +133,22 @@ def word(result: str, pairs: list[str], multiplier: str | None) -> list[str]:
     """Four pairs, multiplied by a pair of powers of two if there is one, as the codes of eight neighbours.
 
     With the power of two p, 1, 2 or 4, that |v| <= 6 steps by halves of, 96 p + |v| has the number of halves of p, rounded to
-    even, in its last bits. A code is that plus twice the exponent of p.
+    even, in its last bits. A code is that plus twice the exponent of p. A negative v gets 4 p more, 8 halves: the sign bit.
     """
-    lines = [".reg .b32 v, p, s, word, signs, six, one, most"]
-    lines += ["mov.b32 six, 0x40c040c0", "mov.b32 one, 0x3f803f80", "mov.b32 most, 0x42c042c0"]
-    for i in (3, 2, 1, 0):
-        lines.append(f"and.b32 v, {pairs[i]}, 0x7fff7fff")
+    lines = [".reg .b32 v, c, p0, p1, p2, p3, s0, s1, s2, s3, six, one, most, less"]
+    lines += ["mov.b32 six, 0x40c040c0", "mov.b32 one, 0x3f803f80", "mov.b32 most, 0x42c442c4", "mov.b32 less, 0xbf80bf80"]
+    for i, pair in enumerate(pairs):
+        lines += [f"lop3.b32 c, {pair}, 0x80008000, 0x40004000, 0xea", "fma.rn.bf16x2 c, c, less, most"]  # 98 - 2 or 98 + 2
+        lines.append(f"abs.bf16x2 v, {pair}")
         if multiplier:
             lines.append(f"mul.rn.bf16x2 v, v, {multiplier}")
-        lines += ["min.bf16x2 v, v, six", "and.b32 p, v, 0x7f807f80", "max.bf16x2 p, p, one", "fma.rn.bf16x2 s, p, most, v"]
-        lines += ["shr.u32 p, p, 7", "mad.lo.u32 s, p, 0xffffff82, s"]  # less 126 times the biased exponent
-        lines.append("mov.b32 word, s" if i == 3 else "mad.lo.u32 word, word, 16, s")
-    lines.append(f"and.b32 signs, {pairs[0]}, 0x80008000")
-    for pair in pairs[1:]:
-        lines += ["shr.u32 signs, signs, 4", f"lop3.b32 signs, {pair}, 0x80008000, signs, 0xea"]
+        lines += ["min.bf16x2 v, v, six", f"and.b32 p{i}, v, 0x7f807f80", f"max.bf16x2 p{i}, p{i}, one"]
+        lines.append(f"fma.rn.bf16x2 s{i}, p{i}, c, v")
+    lines += ["mad.lo.u32 s2, s3, 16, s2", "mad.lo.u32 s1, s2, 16, s1", "mad.lo.u32 s0, s1, 16, s0"]
+    # Less 126 times the biased exponents, p / 128, each shifted as its sum: halves are borrowed from, and all is modulo 2**32.
+    lines += ["shr.u32 p0, p0, 7", "shr.u32 p1, p1, 7"]
+    for i, factor in enumerate((126, 126 * 16, 126 * 256 // 128, 126 * 4096 // 128)):
+        lines.append(f"mad.lo.u32 s0, p{i}, {-factor % (1 << 32):#x}, s0")
     bias = (133 << 7) + 64 - 126 * 127  # of each half, of every pair
     bias = sum(bias * 0x10001 << 4 * i for i in range(4))
-    return [*lines, "add.u32 word, word, signs", f"add.u32 {result}, word, {-bias % (1 << 32):#x}"]
+    return [*lines, f"add.u32 {result}, s0, {-bias % (1 << 32):#x}"]

@@ -13,11 +13,16 @@ from triton.experimental.gluon import language as gl
 
 @dataclass(frozen=True)
 class Shape:
-    """How to launch. lane: neighbours that a lane has, 8, 16 or 32. warps: of a CTA. repeats: times 16 rows that a warp has."""
+    """How to launch.
+
+    lane: neighbours that a lane has, 8, 16 or 32. warps: of a CTA. repeats: times 16 rows that a warp has.
+    registers: of a thread, at most; None for the compiler's choice.
+    """
 
     lane: int
     warps: int = 4
     repeats: int = 1
+    registers: int | None = None
 
     @property
     def rows(self) -> int:

@@ -25,11 +25,12 @@ from fp4bench.kernels.lanes import Shape, beside, load_rows, quarters, registers
 from fp4bench.kernels.rounding import power_of_two
 
 ROTATIONS = (16, 32, 64, 128)
+RULES = (ScaleRule.FLOOR, ScaleRule.CEIL, ScaleRule.EVEN, ScaleRule.RCEIL)
 
 
 def fits(x: torch.Tensor, rule: ScaleRule, hadamard: int | None) -> bool:
     """Whether x (m, k) can be quantized here: bfloat16, without gaps, its rows whole rotations (or 64 values)."""
-    return hadamard in (None, *ROTATIONS) and rule.gain == 1.0 and lanes.fits(x, hadamard)
+    return hadamard in (None, *ROTATIONS) and rule in RULES and lanes.fits(x, hadamard)
 
 
 def quantize(
@@ -48,6 +49,7 @@ def quantize(
         HADAMARD=hadamard or 1,
         RULE=rule.value,
         num_warps=how.warps,
+        maxnreg=how.registers,
     )
 
 
@@ -71,6 +73,7 @@ def _rotated(size: int) -> str:
     """Rows g and g + 8 rotated, as pairs. Operands, `lane` / 2 each: both rows' results, both rows, and the lane's number."""
     count = max(4, size // 8)
     lines, values = fp4_text.rotation(size, count, 2 * count)
+    lines += fp4_text.ones()
     for row in range(2):
         for i in range(count):
             place = 8 * (i // 4) + i % 4
@@ -80,13 +83,13 @@ def _rotated(size: int) -> str:
 
 @gluon.constexpr_function
 def _largest_pair() -> str:
-    """The largest magnitudes of low and of high halves. Operands: result, four pairs. As whole numbers, NaN is above all."""
+    """The largest magnitudes of low and of high halves, NaN if one is. Operands: result, four pairs."""
     return fp4_text.block(
         ".reg .b32 a, b, c, d",
-        *(f"and.b32 {name}, ${i + 1}, 0x7fff7fff" for i, name in enumerate("abcd")),
-        "max.u16x2 a, a, b",
-        "max.u16x2 c, c, d",
-        "max.u16x2 $0, a, c",
+        *(f"abs.bf16x2 {name}, ${i + 1}" for i, name in enumerate("abcd")),
+        "max.NaN.bf16x2 a, a, b",
+        "max.NaN.bf16x2 c, c, d",
+        "max.NaN.bf16x2 $0, a, c",
     )
 
 
@@ -94,7 +97,7 @@ def _largest_pair() -> str:
 def _largest_of_block(lane: int) -> str:
     """That of row g in the low half, of row g + 8 in the high one, from all lanes of a block. Operands: result, both rows."""
     lines = [".reg .b32 a, b", "prmt.b32 a, $1, $2, 0x5410", "prmt.b32 b, $1, $2, 0x7632", "max.u16x2 a, a, b"]
-    for distance in (1, 2):
+    for distance in (1, 2):  # as whole numbers, NaN is above all
         if lane * distance < 32:
             lines += [f"shfl.sync.bfly.b32 b, a, {distance}, 31, -1", "max.u16x2 a, a, b"]
     return fp4_text.block(*lines, "mov.b32 $0, a")

@@ -56,7 +56,24 @@ def quantize(
         HADAMARD=hadamard or 1,
         GIVEN=given,
         num_warps=how.warps,
+        maxnreg=how.registers,
         enable_fp_fusion=False,
+    )
+
+
+def largest(x: torch.Tensor, parts: torch.Tensor, hadamard: int | None) -> None:
+    """Write the bits of the largest magnitudes, float32, of x that `fits`, rotated. parts: int32, one a program."""
+    how = shape(hadamard)
+    rows = x.numel() // (4 * how.lane)
+    _largest_of_all[(parts.numel(),)](
+        x,
+        parts,
+        rows,
+        LANE=how.lane,
+        REPEATS=how.repeats,
+        HADAMARD=hadamard or 1,
+        num_warps=how.warps,
+        maxnreg=how.registers,
     )
 
 
@@ -102,7 +119,7 @@ def _largest() -> str:
 @gluon.constexpr_function
 def _codes() -> str:
     """A word of codes. Operands: result, eight values, and what they are multiplied with."""
-    lines = [".reg .b32 u, low, high, a0, a1, a2, a3"]
+    lines = [".reg .b32 u, low, high, a0, a1, a2, a3", *fp4_text.ones()]
     for i in range(4):
         lines += [f"mul.rn.f32 low, ${i + 1}, $9", f"mul.rn.f32 high, ${i + 5}, $9"]
         lines += fp4_text.to_odd(f"a{i}", "low", "high")
@@ -141,20 +158,29 @@ def _quantize(  # type: ignore[no-untyped-def]
     s = _encode_scale(source, parts, GIVEN)
     gl.store(tensor_scale, s, mask=gl.program_id(0) == 0)
     for i in gl.static_range(REPEATS):
-        if HADAMARD > 1:
-            a, b, c, d = gl.inline_asm_elementwise(
-                _rotated(HADAMARD),
-                fp4_text.registers(4 * PAIRS, 3 * PAIRS),
-                [loaded[2 * i], loaded[2 * i + 1], beside(thread % 32, loaded[2 * i])],
-                dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-                is_pure=True,
-                pack=PAIRS,
-            )
-        else:
-            a, b = _floats(loaded[2 * i], LANE)
-            c, d = _floats(loaded[2 * i + 1], LANE)
-        _store(quarters(a) + quarters(b), s, codes, scales, row + 16 * i, t, left, LANE, HADAMARD, ROWS)
-        _store(quarters(c) + quarters(d), s, codes, scales, row + 16 * i + 8, t, left, LANE, HADAMARD, ROWS)
+        low, high = _eights(loaded[2 * i], loaded[2 * i + 1], thread % 32, LANE, HADAMARD)
+        _store(low, s, codes, scales, row + 16 * i, t, left, LANE, HADAMARD, ROWS)
+        _store(high, s, codes, scales, row + 16 * i + 8, t, left, LANE, HADAMARD, ROWS)
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def _largest_of_all(x, parts, rows, LANE: gl.constexpr, REPEATS: gl.constexpr, HADAMARD: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Programs take tiles of rows in turn."""
+    WARPS: gl.constexpr = gl.num_warps()
+    ROWS: gl.constexpr = gl.SliceLayout(1, registers_of(LANE, WARPS))
+    thread = gl.arange(0, 32 * WARPS, ROWS)
+    t = thread % 4
+    row = thread // 32 * (16 * REPEATS) + thread % 32 // 4
+    x = x.to(gl.pointer_type(gl.int32), bitcast=True)
+    largest = gl.zeros([32 * WARPS], gl.int32, ROWS)
+    for start in range(gl.program_id(0) * (16 * WARPS * REPEATS), rows, gl.num_programs(0) * (16 * WARPS * REPEATS)):
+        own = x + start.to(gl.int64) * (2 * LANE)  # type: ignore[attr-defined]
+        loaded = load_rows(own, row, t, rows - start, LANE, 2 * REPEATS)
+        for i in gl.static_range(REPEATS):
+            low, high = _eights(loaded[2 * i], loaded[2 * i + 1], thread % 32, LANE, HADAMARD)
+            largest = gl.maximum(largest, gl.maximum(_of_lane(low, ROWS), _of_lane(high, ROWS)))
+    top = gl.max(largest, axis=0).to(gl.float32, bitcast=True) * fp4_text.left_of_unit(HADAMARD)
+    gl.store(parts + gl.program_id(0), top.to(gl.int32, bitcast=True))
 
 
 @gluon.jit
@@ -171,6 +197,25 @@ def _encode_scale(source, parts, GIVEN: gl.constexpr):  # type: ignore[no-untype
 
 
 @gluon.jit
+def _eights(low, high, lane, LANE: gl.constexpr, HADAMARD: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Two rows, rotated. -> for each the bits of float32 (threads, LANE / 8), eight times: values 0 to 7 of eights."""
+    PAIRS: gl.constexpr = LANE // 2
+    if HADAMARD > 1:
+        a, b, c, d = gl.inline_asm_elementwise(
+            _rotated(HADAMARD),
+            fp4_text.registers(4 * PAIRS, 3 * PAIRS),
+            [low, high, beside(lane, low)],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+            is_pure=True,
+            pack=PAIRS,
+        )
+    else:
+        a, b = _floats(low, LANE)
+        c, d = _floats(high, LANE)
+    return quarters(a) + quarters(b), quarters(c) + quarters(d)
+
+
+@gluon.jit
 def _floats(x, LANE: gl.constexpr):  # type: ignore[no-untyped-def]
     return gl.inline_asm_elementwise(
         _unpacked(LANE), fp4_text.registers(LANE, LANE // 2), [x], dtype=(gl.int32, gl.int32), is_pure=True, pack=LANE // 2
@@ -182,10 +227,7 @@ def _store(eight, s, codes, scales, row, t, left, LANE: gl.constexpr, HADAMARD: 
     """The scale of a block and codes by it. eight: bits of float32 (threads, LANE / 8), eight times."""
     v0, v1, v2, v3, v4, v5, v6, v7 = eight
     UNIT: gl.constexpr = fp4_text.left_of_unit(HADAMARD)
-    largest = gl.inline_asm_elementwise(
-        _largest(), fp4_text.registers(1, 8), [v0, v1, v2, v3, v4, v5, v6, v7], dtype=gl.int32, is_pure=True, pack=1
-    )
-    largest = gl.convert_layout(gl.max(largest, axis=1), ROWS, assert_trivial=True)
+    largest = _of_lane(eight, ROWS)
     if LANE == 8:
         largest = gl.maximum(largest, _of_next_lane(largest))
     byte, multiplier = two_level(largest.to(gl.float32, bitcast=True) * UNIT, s)
@@ -196,6 +238,16 @@ def _store(eight, s, codes, scales, row, t, left, LANE: gl.constexpr, HADAMARD: 
     store_words(words, codes, row, t, left, LANE)
     first = (row < left) & (t % (16 // LANE) == 0)
     gl.store(scales + row * (LANE // 4) + t // (16 // LANE), byte.to(gl.uint8), mask=first)
+
+
+@gluon.jit
+def _of_lane(eight, ROWS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Bits of the largest magnitude of a lane's values. -> (threads)"""
+    v0, v1, v2, v3, v4, v5, v6, v7 = eight
+    largest = gl.inline_asm_elementwise(
+        _largest(), fp4_text.registers(1, 8), [v0, v1, v2, v3, v4, v5, v6, v7], dtype=gl.int32, is_pure=True, pack=1
+    )
+    return gl.convert_layout(gl.max(largest, axis=1), ROWS, assert_trivial=True)
 
 
 @gluon.jit

@@ -20,10 +20,13 @@ from fp4bench.formats import MXFP4, BlockFormat, ScaleRule, layouts
 from fp4bench.kernels import mxfp4, nvfp4, overlap
 from fp4bench.kernels.fp4_tiles import largest_of_tiles, quantize_tiles
 from fp4bench.kernels.fp8_rows import quantize_row
+from fp4bench.kernels.mxfp4 import RULES as MXFP4_RULES
 from fp4bench.quantize import Quantized, RowQuantized, check_arguments
 
 # The largest rotation: a run of 128 values is 128 registers of a thread, of at most 255.
 MAX_HADAMARD = 128
+
+RULES = (*MXFP4_RULES, ScaleRule.QUTLASS_ABS_MAX, ScaleRule.TWO_LEVEL)
 
 # E4M3 rows are padded with zeros to whole units of a prepared weight (`fp4bench.kernels.weights`).
 _UNIT = 64
@@ -37,7 +40,7 @@ _MOST_PARTS = 1024
 _LONGEST_ROW, _LONGEST_OF_MANY, _MANY_ROWS = 32768, 16384, 4096
 
 # So many rows are few: each has an SM of its own, or several where it is not short.
-_FEW_ROWS, _SHORTEST_SHARED = 128, 4096
+_FEW_ROWS, _SHORTEST_SHARED = 128, 16384
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,6 +342,9 @@ def _encode_scale_source(
     tiles_across = triton.cdiv(k, tile.runs * tile.run)
     tiles = triton.cdiv(m, tile.rows) * tiles_across
     parts = torch.empty(min(tiles, _MOST_PARTS), dtype=torch.int32, device=matrix.device)
+    if not pdl and _is_hopper(matrix.device) and nvfp4.fits(matrix, q.hadamard):
+        nvfp4.largest(matrix, parts, q.hadamard)
+        return parts, parts.numel(), "largest"
     largest_of_tiles[(parts.numel(),)](
         matrix,
         parts,
@@ -397,6 +403,8 @@ def _check(
     x: torch.Tensor, format: BlockFormat, rule: ScaleRule, hadamard: int | None, tensor_scale: torch.Tensor | float | None
 ) -> None:
     check_arguments(x, format, rule, hadamard, tensor_scale)
+    if rule not in RULES:
+        raise ValueError(f"this kernel has no scale rule {rule}")
     if hadamard is not None and hadamard > MAX_HADAMARD:
         raise ValueError(f"this kernel rotates by at most {MAX_HADAMARD}, not {hadamard}")
 

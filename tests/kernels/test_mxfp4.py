@@ -18,7 +18,7 @@ from compiling import compile_gluon, resources  # noqa: E402
 from fp4bench.kernels import mxfp4 as kernel  # noqa: E402
 
 ROTATIONS = [None, 16, 32, 64, 128]
-RULES = MXFP4.rules[:4]
+RULES = kernel.RULES
 G, T = ptx.LANES // 4, ptx.LANES % 4
 
 each_rotation = pytest.mark.parametrize("hadamard", ROTATIONS, ids="had{}".format)

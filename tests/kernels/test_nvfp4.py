@@ -118,6 +118,20 @@ def test_loads_come_first_and_nothing_goes_through_shared_memory(given, hadamard
     assert stack == 0
 
 
+@each_rotation
+def test_the_largest_magnitude_is_found_without_shared_memory_in_the_loop(hadamard, tmp_path):
+    how = kernel.shape(hadamard)
+    constants = {"LANE": how.lane, "REPEATS": how.repeats, "HADAMARD": hadamard or 1}
+    types = {"x": "*bf16", "parts": "*i32", "rows": "i32"}
+    binary = compile_gluon(kernel._largest_of_all, types, constants, warps=how.warps)
+    text = binary.asm["ptx"]
+    assert text.count("ld.global.v4") == text.count("ld.global") == 2 * how.repeats * how.lane // 8
+    assert text.rindex("mma.sync" if hadamard else "max.NaN.f32") < text.index("bar.sync")
+    registers, stack = resources(binary, tmp_path)
+    assert registers <= 64
+    assert stack == 0
+
+
 # --- What fits, and a GPU ---------------------------------------------------------------------------------------------------
 
 
