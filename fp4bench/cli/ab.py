@@ -28,7 +28,7 @@ from fp4bench.cli.sessions import (
     stopped,
     takes_pytest_args,
 )
-from fp4bench.evidence.pairs import FEWEST_PAIRS, Comparison, Outcome, Pair, Run, compare, gaps, order, read
+from fp4bench.evidence.pairs import FEWEST_PAIRS, Comparison, Finding, Pair, SideRun, compare, gaps, order, read
 from fp4bench.evidence.power import percent
 from fp4bench.evidence.report import duration
 
@@ -96,7 +96,7 @@ class Measured:
 
     pair: int
     side: str
-    run: Run
+    run: SideRun
     seconds: float
 
 
@@ -124,7 +124,7 @@ class Trial:
 
     @property
     def slower(self) -> list[str]:
-        return [case_id for case_id, comparison in self.comparisons.items() if comparison.outcome is Outcome.SLOWER]
+        return [case_id for case_id, comparison in self.comparisons.items() if comparison.outcome is Finding.SLOWER]
 
     def go(self) -> None:
         self.write()
@@ -165,7 +165,7 @@ class Trial:
             judged = comparisons.get(case_id)
             lines.append(f"{f'judged by {judged.pairs} pairs' if judged else 'NOT COMPARED'}: {case_id} ({gap})")
         lines += [f"INVALID, not counted: {reason}" for reason in self.invalid]
-        counts = {o.value: sum(c.outcome is o for c in comparisons.values()) for o in Outcome}
+        counts = {o.value: sum(c.outcome is o for c in comparisons.values()) for o in Finding}
         counted = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "nothing compared"
         not_compared = len(left_out.keys() - comparisons.keys())
         return [*lines, f"{counted}{f', {not_compared} NOT COMPARED' if not_compared else ''}; floor {percent(self.floor)}"]
@@ -255,7 +255,7 @@ def _floor(text: str) -> float:
     return value
 
 
-def _readings(run: Run) -> dict[str, Any]:
+def _readings(run: SideRun) -> dict[str, Any]:
     return {case_id: {"seconds": reading.seconds, "cycles": reading.cycles} for case_id, reading in run.cases.items()}
 
 
@@ -274,6 +274,6 @@ def _table(comparisons: Mapping[str, Comparison], floor: float) -> list[str]:
 def _why_cycles(comparison: Comparison, floor: float) -> str:
     """What the second witness has to say where it contradicts the first."""
     cycles = comparison.cycles_change
-    if comparison.outcome is Outcome.SLOWER and cycles is not None and cycles <= floor:
+    if comparison.outcome is Finding.SLOWER and cycles is not None and cycles <= floor:
         return " (not in cycles: the GPU's clock was lower)"
     return ""

@@ -26,7 +26,7 @@ _FEWEST_CASES = 10
 Floats = NDArray[np.float64]
 
 
-class Outcome(Enum):
+class Finding(Enum):
     SLOWER = "SLOWER"
     FASTER = "FASTER"
     SAME = "SAME"
@@ -34,7 +34,7 @@ class Outcome(Enum):
 
 
 @dataclass(frozen=True)
-class Reading:
+class CaseReading:
     """A case in one run: median seconds and SM cycles of a call (None without stamps), and what must agree to compare it."""
 
     seconds: float
@@ -43,10 +43,10 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Run:
+class SideRun:
     """What one run measured, by case id, and the ids of cases that failed in it."""
 
-    cases: Mapping[str, Reading]
+    cases: Mapping[str, CaseReading]
     failed: tuple[str, ...] = ()
 
 
@@ -54,8 +54,8 @@ class Run:
 class Pair:
     """A run of each side, one right after the other, in either order."""
 
-    a: Run
-    b: Run
+    a: SideRun
+    b: SideRun
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Comparison:
     geometric means.
     """
 
-    outcome: Outcome
+    outcome: Finding
     change: float
     low: float
     high: float
@@ -78,18 +78,18 @@ class Comparison:
     seconds_b: float
 
 
-def read(stored: Mapping[str, Any]) -> Run:
+def read(stored: Mapping[str, Any]) -> SideRun:
     """A stored run, as parsed from its JSON. Raises ValueError where it is none."""
     try:
         cases = {bench["extra_info"]["case_id"]: _reading(bench) for bench in stored["benchmarks"]}
-        return Run(cases, tuple(stored["fp4bench"].get("failed") or ()))
+        return SideRun(cases, tuple(stored["fp4bench"].get("failed") or ()))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"this is not a run that fp4bench stored ({error!r})") from error
 
 
-def _reading(bench: Mapping[str, Any]) -> Reading:
+def _reading(bench: Mapping[str, Any]) -> CaseReading:
     record = bench["extra_info"]
-    return Reading(bench["stats"]["median"], record.get("cycles"), tuple((key, record.get(key)) for key in COMPARABLE))
+    return CaseReading(bench["stats"]["median"], record.get("cycles"), tuple((key, record.get(key)) for key in COMPARABLE))
 
 
 def order(pairs: int) -> list[str]:
@@ -156,10 +156,10 @@ def moderate(variances: Floats, freedom: Floats) -> tuple[Floats, Floats]:
     return np.where(alone, variances, moderated), np.where(alone, freedom, freedom + prior_freedom)
 
 
-def _decide(effect: float, half: float, p: float, floor: float) -> Outcome:
+def _decide(effect: float, half: float, p: float, floor: float) -> Finding:
     if p < ALPHA and abs(effect) > floor:
-        return Outcome.SLOWER if effect > 0 else Outcome.FASTER
-    return Outcome.SAME if abs(effect) + half <= floor else Outcome.UNDECIDED
+        return Finding.SLOWER if effect > 0 else Finding.FASTER
+    return Finding.SAME if abs(effect) + half <= floor else Finding.UNDECIDED
 
 
 def _comparable(pair: Pair, case_id: str) -> bool:
@@ -200,5 +200,5 @@ def _cycles_change(pairs: Sequence[Pair], case_id: str) -> float | None:
     return math.expm1(sum(logs) / len(logs))
 
 
-def _mean_seconds(runs: Sequence[Run], case_id: str) -> float:
+def _mean_seconds(runs: Sequence[SideRun], case_id: str) -> float:
     return math.exp(sum(math.log(run.cases[case_id].seconds) for run in runs) / len(runs))

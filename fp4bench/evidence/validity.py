@@ -15,7 +15,7 @@ SLOWDOWNS = ("hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake")
 
 
 @dataclass(frozen=True)
-class Canary:
+class CanaryReading:
     """One reading of a canary: `at_s` seconds into the run, `seconds` and SM `cycles` of one call, at `sm_mhz`.
 
     Raises ValueError for a time that is not positive and finite: as a reading it would compare as no drift.
@@ -58,7 +58,7 @@ class Conditions:
     idle_bytes: memory in use before this run had a CUDA context. temperature_max: degrees Celsius.
     """
 
-    canaries: tuple[Canary, ...] = ()
+    canaries: tuple[CanaryReading, ...] = ()
     throttle: Mapping[str, int] = field(default_factory=dict)
     looks: int = 0
     foreign: Mapping[int, int | None] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Conditions:
     temperature_max: float | None = None
 
     @classmethod
-    def seen(cls, canaries: Iterable[Canary], looks: Iterable[Look], idle: Iterable[Look] = ()) -> "Conditions":
+    def seen(cls, canaries: Iterable[CanaryReading], looks: Iterable[Look], idle: Iterable[Look] = ()) -> "Conditions":
         """From the looks during the run and those while it idled, the first of these before its first CUDA context."""
         idle, looks = list(idle), list(looks)
         every = [*idle, *looks]
@@ -114,7 +114,7 @@ def invalid_reasons(conditions: Conditions, limits: Limits) -> list[str]:
     return [*drifts, *_slowdowns(conditions, limits), *_busy(conditions, limits)]
 
 
-def against_baseline(now: Iterable[Canary], accepted: Iterable[Iterable[Canary]], limits: Limits) -> list[str]:
+def against_baseline(now: Iterable[CanaryReading], accepted: Iterable[Iterable[CanaryReading]], limits: Limits) -> list[str]:
     """Why this run's machine is not the one that the accepted runs were made on, a sentence each.
 
     A canary's level is its median time over a run, which an odd reading does not move; the accepted level is the median over
@@ -151,10 +151,10 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return [first, *inner, last]
 
 
-def _drifts(readings: Sequence[Canary], limit: float) -> Iterable[str]:
+def _drifts(readings: Sequence[CanaryReading], limit: float) -> Iterable[str]:
     """A run is held to its canaries' time and to their cycles: a clock that falls shows in the first alone, and another user of
     the memory or of the SMs in both. Highest over lowest of the smoothed readings, so one blip is no drift."""
-    views: tuple[tuple[str, Callable[[Canary], float | None]], ...] = (
+    views: tuple[tuple[str, Callable[[CanaryReading], float | None]], ...] = (
         ("time", lambda reading: reading.seconds),
         ("cycles", lambda reading: reading.cycles),
     )
@@ -190,18 +190,18 @@ def _busy(conditions: Conditions, limits: Limits) -> Iterable[str]:
     yield f"the GPU was {use:.0f} % in use while this run idled, by {who}: wait for it, or stop it"
 
 
-def _clocks(readings: Sequence[Canary]) -> str:
+def _clocks(readings: Sequence[CanaryReading]) -> str:
     clocks = [reading.sm_mhz for reading in readings if reading.sm_mhz is not None]
     return f" (SM clock {min(clocks):.0f} to {max(clocks):.0f} MHz)" if clocks else ""
 
 
-def _level(readings: Sequence[Canary]) -> float:
+def _level(readings: Sequence[CanaryReading]) -> float:
     return median(reading.seconds for reading in readings)
 
 
-def _by_name(canaries: Iterable[Canary]) -> dict[str, list[Canary]]:
+def _by_name(canaries: Iterable[CanaryReading]) -> dict[str, list[CanaryReading]]:
     """Readings by canary, each list in the order of time."""
-    found: dict[str, list[Canary]] = {}
+    found: dict[str, list[CanaryReading]] = {}
     for canary in sorted(canaries, key=lambda reading: reading.at_s):
         found.setdefault(canary.name, []).append(canary)
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp4bench.evidence import validity
 from fp4bench.evidence.baselines import card_of
-from fp4bench.evidence.validity import CPU_LIMITS, GPU_LIMITS, Canary, Conditions, Limits
+from fp4bench.evidence.validity import CPU_LIMITS, GPU_LIMITS, CanaryReading, Conditions, Limits
 
 if TYPE_CHECKING:
     from fp4bench.evidence.baselines import Baseline
@@ -41,9 +41,9 @@ def _limits(on_gpu: bool) -> Limits:
     return GPU_LIMITS if on_gpu else CPU_LIMITS
 
 
-def _canaries(readings: Iterable[Mapping[str, Any]]) -> Iterable[Canary]:
+def _canaries(readings: Iterable[Mapping[str, Any]]) -> Iterable[CanaryReading]:
     keys = ("name", "at_s", "seconds", "sm_mhz", "cycles")
-    return [Canary(**{key: reading[key] for key in keys}) for reading in readings]
+    return [CanaryReading(**{key: reading[key] for key in keys}) for reading in readings]
 
 
 def _look(record: Mapping[str, Any]) -> Any:

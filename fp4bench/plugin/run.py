@@ -12,7 +12,7 @@ from typing import Any
 from fp4bench.cases import Case
 from fp4bench.evidence.baselines import Timing
 from fp4bench.evidence.journal import Journal, forget_old
-from fp4bench.workers.measure import CheckCase, Conditions, ReadCanaries, TimeCase, TimedCase
+from fp4bench.workers.measure import CheckCase, Moment, ReadCanaries, TimeCase, TimedCase
 from fp4bench.workers.process import StartFailed, Worker, WorkerError
 
 # How often the canaries are read along a run: a reading takes some 0.4 s (H200).
@@ -106,7 +106,7 @@ class Run:
         at = self.seconds
         self._canaries_due = time.monotonic() + CANARY_EVERY_SECONDS
         try:
-            conditions: Conditions = self._ask(ReadCanaries())
+            conditions: Moment = self._ask(ReadCanaries())
         except StartFailed:
             raise
         except WorkerError as error:

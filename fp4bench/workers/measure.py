@@ -54,7 +54,7 @@ class TimedCase:
 
 
 @dataclass(frozen=True)
-class Conditions:
+class Moment:
     """What the machine was like at one moment: the canaries' readings, the ceilings, and the telemetry's snapshot.
 
     idle: the snapshot before this process had a context on the GPU. no_stamps: why there are no clock stamps, if so.
@@ -212,13 +212,13 @@ class Measurer:
         )
         return TimedCase(record, measured.seconds, measured.calls_per_sample)
 
-    def _read_canaries(self) -> Conditions:
+    def _read_canaries(self) -> Moment:
         start = perf_counter()
         readings = tuple(read(canary, self._canary_clock) | {"in_s": perf_counter() - start} for canary in self._canaries)
         seconds = {reading["name"]: reading["seconds"] for reading in readings}
         now, idle = vars(self._telemetry.snapshot()), vars(self._telemetry.at_open)
         why = no_stamps(self._device) if self._device.is_cuda else "a CPU has none"
-        return Conditions(readings, vars(ceilings(self._canaries, seconds.__getitem__)), now, idle, why)
+        return Moment(readings, vars(ceilings(self._canaries, seconds.__getitem__)), now, idle, why)
 
     def _free(self) -> None:
         if not self._device.is_cuda:

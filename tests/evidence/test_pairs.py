@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from fp4bench.evidence.pairs import Outcome, Pair, Reading, Run, compare, gaps, moderate, order, read
+from fp4bench.evidence.pairs import CaseReading, Finding, Pair, SideRun, compare, gaps, moderate, order, read
 
 RECORD = {
     "case_id": "c",
@@ -21,14 +21,15 @@ RECORD = {
 
 def pairs_of(a, b, case_id="c"):
     """Pairs of one case from seconds of A and of B."""
-    return [Pair(Run({case_id: Reading(x)}), Run({case_id: Reading(y)})) for x, y in zip(a, b, strict=True)]
+    return [Pair(SideRun({case_id: CaseReading(x)}), SideRun({case_id: CaseReading(y)})) for x, y in zip(a, b, strict=True)]
 
 
 def table(ratios):
     """Pairs of many cases: `ratios` is B over A, a row a pair, a column a case."""
     return [
         Pair(
-            Run({f"c{i:02d}": Reading(1.0) for i in range(len(row))}), Run({f"c{i:02d}": Reading(x) for i, x in enumerate(row)})
+            SideRun({f"c{i:02d}": CaseReading(1.0) for i in range(len(row))}),
+            SideRun({f"c{i:02d}": CaseReading(x) for i, x in enumerate(row)}),
         )
         for row in ratios
     ]
@@ -50,12 +51,12 @@ STEADY = (1.000, 1.001, 0.999, 1.0005, 0.9995)
 @pytest.mark.parametrize(
     ("ratio", "outcome"),
     [
-        pytest.param(1.02, Outcome.SLOWER, id="2%-slower"),
-        pytest.param(1 / 1.02, Outcome.FASTER, id="2%-faster"),
-        pytest.param(1.0, Outcome.SAME, id="same"),
-        pytest.param(1.005, Outcome.SAME, id="clear-but-below-the-floor"),
-        pytest.param(1.0101, Outcome.SLOWER, id="just-beyond-the-floor"),
-        pytest.param(1.0099, Outcome.UNDECIDED, id="just-within-the-floor"),
+        pytest.param(1.02, Finding.SLOWER, id="2%-slower"),
+        pytest.param(1 / 1.02, Finding.FASTER, id="2%-faster"),
+        pytest.param(1.0, Finding.SAME, id="same"),
+        pytest.param(1.005, Finding.SAME, id="clear-but-below-the-floor"),
+        pytest.param(1.0101, Finding.SLOWER, id="just-beyond-the-floor"),
+        pytest.param(1.0099, Finding.UNDECIDED, id="just-within-the-floor"),
     ],
 )
 def test_a_steady_case(ratio, outcome):
@@ -68,7 +69,7 @@ def test_a_steady_case(ratio, outcome):
 
 def test_a_noisy_case_is_undecided():
     found = compare(pairs_of([1.0] * 5, [1.0, 1.2, 0.9, 1.1, 1.05]), 0.01)["c"]
-    assert found.outcome is Outcome.UNDECIDED
+    assert found.outcome is Finding.UNDECIDED
     assert found.low < 0 < found.high
 
 
@@ -83,7 +84,7 @@ def test_one_case_is_judged_by_the_plain_t_test():
 
 @pytest.mark.parametrize("ratio", [0.8, 0.98, 0.995, 1.0, 1.005, 1.02, 1.3])
 def test_swapping_the_sides_swaps_the_outcome(ratio):
-    swapped = {Outcome.SLOWER: Outcome.FASTER, Outcome.FASTER: Outcome.SLOWER}
+    swapped = {Finding.SLOWER: Finding.FASTER, Finding.FASTER: Finding.SLOWER}
     a, b = [1.0, 1.002, 0.998], [ratio, ratio, ratio * 1.001]
     there, back = compare(pairs_of(a, b), 0.01)["c"], compare(pairs_of(b, a), 0.01)["c"]
     assert back.outcome is swapped.get(there.outcome, there.outcome)
@@ -97,16 +98,16 @@ def test_the_slowest_case_is_first():
 
 
 def test_cycles_stand_beside_time():
-    pair = Pair(Run({"c": Reading(1.0, 100.0)}), Run({"c": Reading(1.1, 101.0)}))
+    pair = Pair(SideRun({"c": CaseReading(1.0, 100.0)}), SideRun({"c": CaseReading(1.1, 101.0)}))
     assert compare([pair, pair], 0.01)["c"].cycles_change == pytest.approx(0.01)
-    without = Pair(Run({"c": Reading(1.0, 100.0)}), Run({"c": Reading(1.1)}))
+    without = Pair(SideRun({"c": CaseReading(1.0, 100.0)}), SideRun({"c": CaseReading(1.1)}))
     assert compare([pair, without], 0.01)["c"].cycles_change is None
 
 
 def test_what_was_not_timed_on_both_sides_is_named():
-    whole = Run({"c": Reading(1.0), "d": Reading(1.0)})
-    broken = Run({"c": Reading(1.0)}, failed=("d",))
-    partial = Run({"c": Reading(1.0)})
+    whole = SideRun({"c": CaseReading(1.0), "d": CaseReading(1.0)})
+    broken = SideRun({"c": CaseReading(1.0)}, failed=("d",))
+    partial = SideRun({"c": CaseReading(1.0)})
     pairs = [Pair(whole, broken), Pair(whole, partial), Pair(partial, whole)]
     assert list(compare(pairs, 0.01)) == ["c"]
     assert gaps(pairs) == {
@@ -115,18 +116,18 @@ def test_what_was_not_timed_on_both_sides_is_named():
 
 
 def test_a_case_that_failed_on_both_sides_is_named_too():
-    failed = Run({}, failed=("c",))
+    failed = SideRun({}, failed=("c",))
     assert compare([Pair(failed, failed)] * 2, 0.01) == {}
     assert gaps([Pair(failed, failed)] * 2) == {"c": "failed in 2 of 2 runs of A; failed in 2 of 2 runs of B"}
 
 
 def test_a_failed_case_has_no_number():
-    failed = Pair(Run({"c": Reading(1.0)}), Run({"c": Reading(9.0)}, failed=("c",)))
+    failed = Pair(SideRun({"c": CaseReading(1.0)}), SideRun({"c": CaseReading(9.0)}, failed=("c",)))
     assert compare([failed, failed], 0.01) == {}
 
 
 def test_a_case_keeps_the_pairs_that_it_has():
-    pairs = [*pairs_of([1.0] * 3, [1.1, 1.1, 1.101]), Pair(Run({"c": Reading(1.0)}), Run({}))]
+    pairs = [*pairs_of([1.0] * 3, [1.1, 1.1, 1.101]), Pair(SideRun({"c": CaseReading(1.0)}), SideRun({}))]
     assert compare(pairs, 0.01)["c"].pairs == 3
     assert "c" in gaps(pairs)
 
@@ -137,7 +138,7 @@ def test_one_pair_is_no_comparison():
 
 def test_other_work_is_never_compared():
     def run(clock):
-        return Run({"c": Reading(1.0, None, (("flops", 1), ("clock", clock)))})
+        return SideRun({"c": CaseReading(1.0, None, (("flops", 1), ("clock", clock)))})
 
     pairs = [Pair(run("cuda_graph_stamps"), run("cuda_events"))] * 2
     assert compare(pairs, 0.01) == {}
@@ -220,11 +221,11 @@ def test_simulated_error_rates_of_the_shipped_rule():
     rng = np.random.default_rng(1)
     trials = 150
     alarmed = sum(
-        any(c.outcome in (Outcome.SLOWER, Outcome.FASTER) for c in simulate(0.0, rng).values()) for _ in range(trials)
+        any(c.outcome in (Finding.SLOWER, Finding.FASTER) for c in simulate(0.0, rng).values()) for _ in range(trials)
     )
     # 5 % is promised: 14 or more of 150 would have a chance of 2 %.
     assert alarmed < 14
-    seen = np.mean([[case.outcome is Outcome.SLOWER for case in good(simulate(0.02, rng))] for _ in range(40)])
+    seen = np.mean([[case.outcome is Finding.SLOWER for case in good(simulate(0.02, rng))] for _ in range(40)])
     assert seen > 0.95
 
 

@@ -8,7 +8,7 @@ from fp4bench.evidence.validity import (
     CPU_LIMITS,
     GPU_LIMITS,
     SLOWDOWNS,
-    Canary,
+    CanaryReading,
     Conditions,
     against_baseline,
     invalid_reasons,
@@ -29,7 +29,7 @@ class Look:
 
 def readings(seconds, name="bf16", cycles=None, sm_mhz=None):
     cycles = cycles or [None] * len(seconds)
-    return tuple(Canary(name, 10.0 * i, s, sm_mhz, c) for i, (s, c) in enumerate(zip(seconds, cycles, strict=True)))
+    return tuple(CanaryReading(name, 10.0 * i, s, sm_mhz, c) for i, (s, c) in enumerate(zip(seconds, cycles, strict=True)))
 
 
 STEADY = [1.0, 1.001, 0.999, 1.002, 1.0, 0.998, 1.0, 1.001]
@@ -105,9 +105,9 @@ def test_readings_without_cycles_among_those_with_are_left_out():
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_reading_that_is_no_time_is_refused(value):
     with pytest.raises(ValueError, match="canary copy has a reading of"):
-        Canary("copy", 0.0, value)
+        CanaryReading("copy", 0.0, value)
     with pytest.raises(ValueError, match="canary copy has a reading of"):
-        Canary("copy", 0.0, 1.0, cycles=value)
+        CanaryReading("copy", 0.0, 1.0, cycles=value)
 
 
 @pytest.mark.parametrize(
