@@ -34,6 +34,7 @@ from fp4bench.evidence.power import (
     draw,
     drawable,
     interval,
+    lower_bound,
     objections,
     percent,
     upper_bound,
@@ -199,7 +200,11 @@ class Drill:
         lines = ["", *(_table(by_slowdown(self.injections)) if self.injections else [])]
         for one in by_slowdown(self.injections):
             at = f"at {percent(one.slowdown)}"
-            lines += [f"missed {at}: {i.case_id} ({i.reason}, change {_signed(i.change)})" for i in one.misses]
+            lines.append(
+                f"{at}: {one.detected} of {one.trials} detected where the gate is not blind, which proves a rate above "
+                f"{percent(lower_bound(one.detected, one.trials))} (one-sided, 95 %)"
+            )
+            lines += [f"missed {at}: {i.case_id} ({i.reason}, change {_signed(i.change)}){_looks(i)}" for i in one.misses]
             lines += [
                 f"blind {at}: {case_id} (smallest visible slowdown {percent(mde)})"
                 for case_id, mde in _blind_cases(one).items()
@@ -304,7 +309,12 @@ def share(text: str) -> float:
 def _injection(case_id: str, slowdown: float, session: int, mde: float | None, verdict: Mapping[str, Any] | None) -> Injection:
     if verdict is None:  # the case failed or was left out: the gate did not see it
         return Injection(case_id, slowdown, session, mde, None, "no_verdict", None)
-    return Injection(case_id, slowdown, session, mde, verdict["outcome"], str(verdict.get("reason")), verdict.get("change"))
+    outcome, reason, detail = verdict["outcome"], str(verdict.get("reason")), verdict.get("detail") or ""
+    return Injection(case_id, slowdown, session, mde, outcome, reason, verdict.get("change"), detail)
+
+
+def _looks(injection: Injection) -> str:
+    return f": {injection.detail}" if injection.detail else ""
 
 
 def _progress(number: int, session: Session, found: Sequence[Injection]) -> str:

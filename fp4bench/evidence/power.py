@@ -25,7 +25,8 @@ class Injection:
     """One case slowed down on purpose, and what the gate said.
 
     slowdown, mde, change: relative. mde: what the gate declared on unchanged code, before the injection; None where it did not.
-    outcome: None where the session has no verdict for the case. session: the index of the session.
+    outcome: None where the session has no verdict for the case. session: the index of the session. detail: the verdict's, with
+    every look of a suspect.
     """
 
     case_id: str
@@ -35,6 +36,7 @@ class Injection:
     outcome: str | None
     reason: str
     change: float | None
+    detail: str = ""
 
     @property
     def detected(self) -> bool:
@@ -101,6 +103,11 @@ def interval(hits: int, trials: int) -> tuple[float, float]:
 def upper_bound(hits: int, trials: int) -> float:
     """What a rate is below with 95 % confidence, one-sided (Clopper-Pearson): 0 of 40 is 0.0722."""
     return float(stats.beta.ppf(0.95, hits + 1, trials - hits)) if hits < trials else 1.0
+
+
+def lower_bound(hits: int, trials: int) -> float:
+    """What a rate is above with 95 % confidence, one-sided: 60 of 60 is 0.951."""
+    return 1 - upper_bound(trials - hits, trials)
 
 
 def beyond_chance(alarmed: int, sessions: int, promised: float) -> bool:

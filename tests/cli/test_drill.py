@@ -189,6 +189,8 @@ def test_unchanged_code_alone(gate):
 
 def test_unchanged_code_and_injections(gate):
     assert gate("perfect", "--alarms", "3", "--slowdown", "20", "--cases", "6") == 0
+    # 0.05^(1/6)
+    assert "at 20 %: 6 of 6 detected where the gate is not blind, which proves a rate above 60.7 %" in gate.text
     assert [len(session["plan"]) for session in gate.sessions] == [0, 0, 0, 6]
 
 

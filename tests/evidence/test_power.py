@@ -11,6 +11,7 @@ from fp4bench.evidence.power import (
     draw,
     drawable,
     interval,
+    lower_bound,
     objections,
     percent,
     upper_bound,
@@ -43,6 +44,13 @@ def test_intervals_are_those_of_clopper_and_pearson(hits, trials, low, high):
 @pytest.mark.parametrize(("trials", "bound"), [(40, 0.0722), (59, 0.0495), (20, 0.1391)])
 def test_no_alarm_at_all_proves_a_bound(trials, bound):
     assert upper_bound(0, trials) == pytest.approx(1 - 0.05 ** (1 / trials)) == pytest.approx(bound, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("hits", "trials", "bound"), [(60, 60, 0.951), (57, 60, 0.876), (50, 53, 0.860), (0, 5, 0.0), (0, 0, 0.0)]
+)
+def test_what_detections_prove(hits, trials, bound):
+    assert lower_bound(hits, trials) == pytest.approx(bound, abs=5e-4)
 
 
 def test_a_rate_of_one_and_no_session_prove_nothing():
