@@ -1,6 +1,6 @@
 """x <-> Quantized(codes, scales, tensor_scale): the eager truth, in plain torch, for both formats and every named rule.
 
-MXFP4: e = rule(amax of 32), codes = E2M1(x / 2**e). OCP Microscaling Formats v1.0, section 6.3.
+MXFP4: e = rule(extent of 32, mostly their amax), codes = E2M1(x / 2**e). OCP Microscaling Formats v1.0, section 6.3.
 NVFP4, in the order of Transformer Engine: encode scale S = 2688 / amax(x) (2688 = 448 * 6, so that the largest block scale is
 448), block scale s = E4M3(amax of 16 * (S * (1 / 6))), codes = E2M1(x * (1 / (s * (1 / S)))), all in float32.
 
@@ -80,12 +80,12 @@ def quantize(
     block_scales = torch.empty(groups.shape[0], group // format.block_size, dtype=format.scale_dtype, device=x.device)
     for part in _chunks(groups):
         blocks = _values(groups[part], hadamard).unflatten(-1, (-1, format.block_size))
-        amax = _amax(blocks)
+        extent = scales.block_extents(blocks, rule)
         if encode_scale is None:
-            chunk_scales = scales.e8m0_encode(amax, rule)
+            chunk_scales = scales.e8m0_encode(extent, rule)
             elements = _scaled_by_power_of_two(blocks, chunk_scales, rule)
         else:
-            chunk_scales = _two_level_scales(amax, encode_scale, scale_floor)
+            chunk_scales = _two_level_scales(extent, encode_scale, scale_floor)
             elements = blocks * _two_level_multiplier(chunk_scales, encode_scale)[..., None]
         codes[part] = e2m1.pack(e2m1.encode(elements.flatten(-2)))
         block_scales[part] = chunk_scales
@@ -231,11 +231,6 @@ def _chunks(groups: torch.Tensor) -> Iterator[slice]:
 
 def _values(part: torch.Tensor, hadamard: int | None) -> torch.Tensor:
     return rotate(part, hadamard).float() if hadamard else part.float()
-
-
-def _amax(blocks: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of each block, NaN if it holds one. float32 (..., block) -> float32 (...)."""
-    return blocks.abs().amax(dim=-1)
 
 
 def _scaled_by_power_of_two(blocks: torch.Tensor, block_scales: torch.Tensor, rule: ScaleRule) -> torch.Tensor:

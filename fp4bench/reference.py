@@ -167,9 +167,12 @@ def _power_of_two(blocks: torch.Tensor, amax: torch.Tensor, rule: ScaleRule) -> 
     elif rule is ScaleRule.RCEIL:
         mantissa, exponent = torch.frexp(amax * (1.0 / 6.0))
         e = torch.where(mantissa > 0, exponent - 1 + (mantissa > 0.5), -127)
-    else:
+    elif rule is ScaleRule.QUTLASS_ABS_MAX:
         e = torch.frexp(amax + 1e-8).exponent - 1
-    nothing = (amax == 0) & (rule is not ScaleRule.QUTLASS_ABS_MAX)
+    else:
+        deviation = blocks.std(dim=-1, correction=0).float().double()
+        e = torch.frexp((deviation * (2.92247856 / 6.0) + 1e-8).float()).exponent - 1
+    nothing = (amax == 0) & (rule not in (ScaleRule.QUTLASS_ABS_MAX, ScaleRule.QUTLASS_QUEST))
     e = torch.where(nothing, -127, e.clamp(-127, 127))
     elements = (blocks * torch.exp2(-e.double())[..., None]).float() * rule.gain
     return (e + 127).to(torch.uint8), elements.double()

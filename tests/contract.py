@@ -18,7 +18,7 @@ import torch
 
 BLOCK_SIZE = {"mxfp4": 32, "nvfp4": 16}
 NAN_SCALE = {"mxfp4": 0xFF, "nvfp4": 0x7F}
-MX_RULES = ("floor", "ceil", "even", "rceil", "qutlass_abs_max")
+MX_RULES = ("floor", "ceil", "even", "rceil", "qutlass_abs_max", "qutlass_quest")
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 FLOAT32_TINY = 2.0**-149  # the smallest subnormal
@@ -88,11 +88,12 @@ def _mx(
     even: Outcome | None = None,
     rceil: Outcome | None = None,
     abs_max: Outcome | None = None,
+    quest: Outcome | None = None,
     filler: tuple[float, str] = (0.0, "0"),
     dtype: torch.dtype = torch.float32,
 ) -> list[Block]:
     """One block under each rule that an outcome is stated for."""
-    outcomes = zip(MX_RULES, (floor, ceil, even, rceil, abs_max), strict=True)
+    outcomes = zip(MX_RULES, (floor, ceil, even, rceil, abs_max, quest), strict=True)
     return [Block(name, "mxfp4", rule, values, *outcome, filler, dtype) for rule, outcome in outcomes if outcome]
 
 
@@ -153,6 +154,7 @@ def _every_ocp_rule(outcome: Outcome) -> dict[str, Outcome]:
     return {"floor": outcome, "ceil": outcome, "even": outcome, "rceil": outcome}
 
 
+TIES_AND_6 = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, -6.0)
 EIGHT_AND_THEIR_NEGATIVES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 MXFP4_BLOCKS = [
@@ -164,6 +166,7 @@ MXFP4_BLOCKS = [
         even=(127, "01234567 89abcdef"),
         rceil=(127, "01234567 89abcdef"),
         abs_max=(129, "01223456 89aabcde"),  # 3/4 of each: 0, 0.375, 0.75 (tie), 1.125, 1.5, 2.25, 3, 4.5
+        quest=(127, "01234567 89abcdef"),  # the squares add up to 137: std is sqrt(137 / 32) = 2.069, times 0.48708 is 1.008
     ),
     # Low nibble first: the byte is 0x71, not 0x17.
     *_mx("nibble_order", (0.5, 6.0), floor=(127, "17"), ceil=(128, "05"), even=(127, "17"), rceil=(127, "17")),
@@ -196,9 +199,9 @@ MXFP4_BLOCKS = [
     *_mx("no_zeros", (6.0,), floor=(127, "7"), even=(127, "7"), rceil=(127, "7"), filler=(-3.0, "d")),
     *_mx("no_zeros", (6.0,), ceil=(128, "5"), filler=(-3.0, "b")),
     # Zeros: byte 0, and codes that decode to 0. abs_max: floor(log2(0 + 1e-8)) = -27, byte 100.
-    *_mx("zeros", (), **_every_ocp_rule((0, "")), abs_max=(100, "")),
-    *_mx("zeros", (), **_every_ocp_rule((0, "")), abs_max=(100, ""), dtype=torch.bfloat16),
-    *_mx("negative_zeros", (), **_every_ocp_rule((0, "")), abs_max=(100, ""), filler=(-0.0, "8")),
+    *_mx("zeros", (), **_every_ocp_rule((0, "")), abs_max=(100, ""), quest=(100, "")),
+    *_mx("zeros", (), **_every_ocp_rule((0, "")), abs_max=(100, ""), quest=(100, ""), dtype=torch.bfloat16),
+    *_mx("negative_zeros", (), **_every_ocp_rule((0, "")), abs_max=(100, ""), quest=(100, ""), filler=(-0.0, "8")),
     # A zero among others stays code 0 (some codebooks have no zero); -0 and what rounds to it keep their sign.
     *_mx(
         "zero_among_others",
@@ -208,6 +211,7 @@ MXFP4_BLOCKS = [
         even=(127, "7080808"),
         rceil=(127, "7080808"),
         abs_max=(129, "6080808"),
+        quest=(126, "7080808"),  # std is 1.044: 12 saturates, and 0.25 is a tie, to 0
     ),
     # NaN and infinity: scale NaN, whatever the other elements are.
     *(
@@ -220,7 +224,7 @@ MXFP4_BLOCKS = [
             "nan_among_zeros": (nan,),
         }.items()
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        for block in _mx(name, values, **_every_ocp_rule((255, None)), abs_max=(255, None), dtype=dtype)
+        for block in _mx(name, values, **_every_ocp_rule((255, None)), abs_max=(255, None), quest=(255, None), dtype=dtype)
     ),
     # float32 subnormals: e = -129 clamps to -127, byte 0. In units of 2**-127: 1, 0.5, 0.25 (tie, to 0), 0.75 (tie, to 1).
     *_mx(
@@ -228,9 +232,16 @@ MXFP4_BLOCKS = [
         (2.0**-127, 2.0**-128, 2.0**-129, 3 * 2.0**-129, FLOAT32_TINY, -FLOAT32_TINY, -(2.0**-127)),
         **_every_ocp_rule((0, "210208a")),
         abs_max=(100, "0000088"),
+        quest=(100, "0000088"),
     ),
     *_mx("subnormal_amax", (2.0**-127, -(2.0**-128)), **_every_ocp_rule((0, "29")), dtype=torch.bfloat16),
-    *_mx("smallest_subnormal", (FLOAT32_TINY, -FLOAT32_TINY), **_every_ocp_rule((0, "08")), abs_max=(100, "08")),
+    *_mx(
+        "smallest_subnormal",
+        (FLOAT32_TINY, -FLOAT32_TINY),
+        **_every_ocp_rule((0, "08")),
+        abs_max=(100, "08"),
+        quest=(100, "08"),
+    ),
     # The last scale before the clamp: 2**-124 is 4 * 2**-126, byte 1; one ulp below it FLOOR has byte 0 and saturates.
     *_mx("amax_2**-124", (2.0**-124,), **_every_ocp_rule((1, "6"))),
     *_mx("amax_below_2**-124", (2.0**-124 - 2.0**-148,), floor=(0, "7"), ceil=(1, "6"), even=(1, "6"), rceil=(1, "6")),
@@ -244,6 +255,7 @@ MXFP4_BLOCKS = [
         even=(253, "6e1"),
         rceil=(253, "6e1"),
         abs_max=(254, "7f2"),  # e = 127: 3 * 2 = 6, and 3 / 4 is a tie, to 1
+        quest=(251, "7f4"),  # std is 1.004 * 2**126, whose square is no float32, times 0.48708 is 1.96 * 2**124
     ),
     # float16: its largest, 65504 = 7.996 * 2**13, and subnormals, which are ordinary numbers for E8M0: 6 * 2**-24.
     *_mx(
@@ -263,11 +275,35 @@ MXFP4_BLOCKS = [
     *_mx("amax_like_1e-8", (2.0**-27, -(2.0**-28)), abs_max=(101, "3a")),  # 0.75 is a tie, to 1
     *_mx("amax_far_below_1e-8", (2.0**-60,), abs_max=(100, "0")),
     *_mx("thirds", (1.0, 1.5, 1.75, 0.5), abs_max=(127, "5673")),  # 3, 4.5 to 4, 5.25 to 6, 1.5
+    # quest: e = floor(log2(std * 0.48708 + 1e-8)). The squares of the midpoints and of 6, both signs, add up to 169.5: std is
+    # sqrt(169.5 / 32) = 2.30, times 0.48708 is 1.12.
+    *(
+        block
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for block in _mx("ties_and_6", TIES_AND_6, quest=(127, "02244667 8aacceef"), dtype=dtype)
+    ),
+    *_mx("ties_and_6_times_2**50", tuple(v * 2.0**50 for v in TIES_AND_6), quest=(177, "02244667 8aacceef")),
+    *_mx("nibble_order", (0.5, 6.0), quest=(126, "27")),  # squares 36.25, sum 6.5: std 1.045, times 0.48708 is 0.509
+    *_mx("halves_of_6", (6.0, -6.0) * 16, quest=(128, "5d" * 16)),  # std 6, times 0.48708 is 2.92: 6 / 2
+    *_mx("far_from_the_rest", (6.0,), quest=(126, "7")),  # std 6 * sqrt(31) / 32 = 1.044: 12 saturates
+    # About the mean: std is 2, where the root of the mean square is 3.6 and leads to 127. 0.974: 10 saturates, 2.
+    *_mx("mean_of_3", (5.0, 1.0) * 16, quest=(126, "74" * 16), dtype=torch.bfloat16),
+    # Squares of 4097 need 25 bits: float32's mean square less the squared mean is off by more than the variance, 1.
+    *_mx("mean_of_4096", (4097.0, 4095.0) * 16, quest=(125, "77" * 16)),
+    *_mx("mean_of_-4096", (-4097.0, -4095.0) * 16, quest=(125, "ff" * 16), dtype=torch.float32),
+    *_mx("constant", (), quest=(100, ""), filler=(3.0, "7")),  # std 0, as of zeros: everything saturates
+    *_mx("constant_of_24_bits", (), quest=(100, ""), filler=(1.0 + 2**-23, "7")),
+    # 2**-26 * 0.48708 + 1e-8 = 1.73e-8 lies in [2**-26, 2**-25); without 1e-8 e would be -28.
+    *_mx("std_like_1e-8", (2.0**-26, -(2.0**-26)) * 16, quest=(101, "2a" * 16)),
+    *_mx("std_far_below_1e-8", (2.0**-60, -(2.0**-60)) * 16, quest=(100, "08" * 16)),
+    *_mx("largest_float32_all", (FLOAT32_MAX, -FLOAT32_MAX) * 16, quest=(253, "6e" * 16)),  # std 2**128, 1.95 * 2**126
 ]
 
 # amax = m * 2**k one ulp below, at, and one ulp above; for each the scale byte less k + 127, and the code of amax.
 #   FLOOR e = floor(log2(amax)) - 2; CEIL rounds up; EVEN adds 1 from 1.75 * 2**j on; RCEIL: the least e with amax <= 6 * 2**e.
 #   abs_max e = floor(log2(amax)), code of 3 * amax / 2**e.
+#   quest: amax is the magnitude of every value, half of each sign, and so std. e = floor(log2(0.48707976 * amax)); its inverse,
+#   2.05305184, lies between the last two of three float32 neighbours.
 ULP_SWEEP = {
     "floor": {
         4: ((-1, 7), (0, 6), (0, 6)),  # below: 7.99 units of 2**(k - 1), saturates; then 4
@@ -294,20 +330,24 @@ ULP_SWEEP = {
         6: ((2, 6), (2, 6), (2, 6)),  # 4.5
         7: ((2, 7), (2, 7), (2, 7)),  # 5.25
     },
+    "qutlass_quest": {
+        2.053051710128784: ((-1, 6), (-1, 6), (0, 4)),  # 4.106, 4.106, 2.053
+    },
 }
 
 
 class Sweep(NamedTuple):
-    values: torch.Tensor  # float32 (rows, 32): amax in a place and with a sign that change from row to row, zeros elsewhere
+    # float32 (rows, 32): amax in a place and with a sign that change from row to row, zeros elsewhere; quest: everywhere
+    values: torch.Tensor
     scales: torch.Tensor  # uint8 (rows, 1)
     codes: torch.Tensor  # uint8 (rows, 16), packed
 
 
 def ulp_sweep(rule: str, device: torch.device | str = "cpu") -> Sweep:
-    """One block for each row of `ULP_SWEEP[rule]` and each k from -100 to 100 (abs_max: from 0, where 1e-8 is below an ulp)."""
+    """One block for each row of `ULP_SWEEP[rule]` and each k from -100 to 100 (QuTLASS: from 0, where 1e-8 decides nothing)."""
     rows = [
         (m * 2.0**k, side, k + 127 + shift, code)
-        for k in range(0 if rule == "qutlass_abs_max" else -100, 101)
+        for k in range(0 if rule.startswith("qutlass") else -100, 101)
         for m, sides in ULP_SWEEP[rule].items()
         for side, (shift, code) in zip((-1, 0, 1), sides, strict=True)
     ]
@@ -316,6 +356,10 @@ def ulp_sweep(rule: str, device: torch.device | str = "cpu") -> Sweep:
     values = torch.zeros(len(rows), 32)
     codes = torch.zeros(len(rows), 16, dtype=torch.uint8)
     for i, (_, _, _, code) in enumerate(rows):
+        if rule == "qutlass_quest":
+            values[i] = amax[i] * torch.tensor([1.0, -1.0]).repeat(16)
+            codes[i] = code + 16 * (code + 8)
+            continue
         at, negative = i % 32, i % 2
         values[i, at] = -amax[i] if negative else amax[i]
         codes[i, at // 2] = (code + 8 * negative) << 4 * (at % 2)
@@ -453,6 +497,8 @@ DECODED = [
     Decoded("mxfp4", "qutlass_abs_max", 127, 0x7, 2.0),
     Decoded("mxfp4", "qutlass_abs_max", 128, 0xB, -1.0),
     Decoded("mxfp4", "qutlass_abs_max", 127, 0x6, 11184811 * 2.0**-23),
+    # quest: the value itself.
+    Decoded("mxfp4", "qutlass_quest", 128, 0xD, -6.0),
     # Under byte 254 a third of 4 * 2**127 is within float32, where 4 * 2**127 is not; 6 / 3 leaves it.
     Decoded("mxfp4", "qutlass_abs_max", 254, 0x6, 11184811 * 2.0**104),
     Decoded("mxfp4", "qutlass_abs_max", 254, 0xE, -11184811 * 2.0**104),

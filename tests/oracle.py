@@ -25,8 +25,22 @@ def e4m3(x: np.ndarray) -> np.ndarray:
     return np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
 
 
+def extents(blocks: np.ndarray, rule: str) -> np.ndarray:
+    """What a rule takes scales from. float32 (..., size) -> float32 (...).
+
+    QuTLASS's quest: the standard deviation, whose square is half the mean squared difference of all pairs.
+    """
+    if rule != "qutlass_quest":
+        return np.abs(blocks).max(axis=-1)
+    size = blocks.shape[-1]
+    with np.errstate(invalid="ignore"):
+        values = blocks.astype(np.float64)
+        squares = sum(((values - np.roll(values, shift, axis=-1)) ** 2).sum(axis=-1) for shift in range(1, size))
+        return np.sqrt(squares / (2 * size**2)).astype(np.float32)
+
+
 def e8m0(amax: np.ndarray, rule: str) -> np.ndarray:
-    """Scale bytes of blocks with these largest magnitudes. float32 -> uint8."""
+    """Scale bytes of blocks with these largest magnitudes (quest: standard deviations). float32 -> uint8."""
     with np.errstate(invalid="ignore"):
         mantissa, exponent = np.frexp(amax)  # amax = mantissa * 2**exponent, mantissa in [0.5, 1)
         if rule == "floor":
@@ -41,10 +55,12 @@ def e8m0(amax: np.ndarray, rule: str) -> np.ndarray:
             e = np.where(sixth > 0, exponent - 1 + (mantissa > 0.5), -127)  # a sixth of 2**-149 is 0
         elif rule == "qutlass_abs_max":
             e = np.frexp(amax + np.float32(1e-8))[1] - 1
+        elif rule == "qutlass_quest":
+            e = np.frexp((amax.astype(np.float64) * (2.92247856 / 6) + 1e-8).astype(np.float32))[1] - 1
         else:
             raise ValueError(rule)
     e = np.clip(e, -127, 127)
-    if rule != "qutlass_abs_max":
+    if not rule.startswith("qutlass"):
         e = np.where(amax == 0, -127, e)
     return np.where(np.isfinite(amax), e + 127, 255).astype(np.uint8)
 
@@ -52,7 +68,7 @@ def e8m0(amax: np.ndarray, rule: str) -> np.ndarray:
 def mxfp4(x: np.ndarray, rule: str) -> tuple[np.ndarray, np.ndarray]:
     """float32 (rows, k) -> codes uint8 (rows, k), scale bytes uint8 (rows, k / 32)."""
     blocks = x.reshape(len(x), -1, 32)
-    scales = e8m0(np.abs(blocks).max(axis=-1), rule)
+    scales = e8m0(extents(blocks, rule), rule)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         elements = np.ldexp(blocks, 127 - scales.astype(np.int32)[..., None])
         if rule == "qutlass_abs_max":

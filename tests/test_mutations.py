@@ -164,7 +164,54 @@ def infinity_taken_for_finite(patch):
 
 
 def nan_ignored_by_the_maximum(patch):
-    patch.setattr(quantizing, "_amax", lambda blocks: blocks.nan_to_num(nan=0.0, posinf=torch.inf).abs().amax(dim=-1))
+    extents = scales.block_extents
+    patch.setattr(scales, "block_extents", lambda blocks, rule: extents(blocks.nan_to_num(nan=0.0, posinf=torch.inf), rule))
+
+
+def patch_deviation(patch, deviation):
+    """Replace quest's standard deviation by deviation(blocks), of float32 (..., 32)."""
+    extents = scales.block_extents
+
+    def changed(blocks, rule):
+        return deviation(blocks) if rule is ScaleRule.QUTLASS_QUEST else extents(blocks, rule)
+
+    patch.setattr(scales, "block_extents", changed)
+
+
+def quest_about_zero(patch):
+    patch_deviation(patch, lambda blocks: blocks.double().square().mean(dim=-1).sqrt().float())
+
+
+def quest_of_a_sample(patch):
+    largest = contract.FLOAT32_MAX
+    patch_deviation(patch, lambda blocks: blocks.double().std(dim=-1).clamp(max=largest).float())  # divided by 31
+
+
+def quest_by_two_sums_in_float32(patch):
+    def deviation(blocks):
+        unit = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=2.0**-126)
+        blocks = blocks / unit
+        variance = blocks.square().mean(dim=-1) - blocks.mean(dim=-1).square()
+        return variance.clamp(min=0).sqrt() * unit[..., 0]
+
+    patch_deviation(patch, deviation)
+
+
+def quest_of_nan_has_scale_1(patch):
+    extents = scales.block_extents
+
+    def deviation(blocks):
+        std = extents(blocks, ScaleRule.QUTLASS_QUEST)
+        return torch.where(std.isnan(), 2.06, std)  # 2.06 * 0.48708 is 1.003
+
+    patch_deviation(patch, deviation)
+
+
+def quest_without_its_1e_8(patch):
+    def change(byte, std, rule):
+        return torch.frexp(std.double() * (2.92247856 / 6)).exponent + 126 if rule is ScaleRule.QUTLASS_QUEST else byte
+
+    patch_scale_bytes(patch, change)
 
 
 def missing_third_of_abs_max(patch):
@@ -303,6 +350,11 @@ MUTATIONS = {
     byte_255_decodes_to_a_power_of_two: "scale0xff-code0: decodes to",
     infinity_taken_for_finite: "mxfp4-floor-infinity.*: scale bytes",
     nan_ignored_by_the_maximum: "mxfp4-floor-one_nan.*: scale bytes",
+    quest_about_zero: "qutlass_quest-mean_of_3.*: scale bytes",
+    quest_of_a_sample: "qutlass_quest: scale wrong in",
+    quest_by_two_sums_in_float32: "qutlass_quest-mean_of_4096.*: scale bytes",
+    quest_of_nan_has_scale_1: r"qutlass_quest-one_nan.*: scale bytes \[127\], not \[255\]",
+    quest_without_its_1e_8: "qutlass_quest-zeros.*: scale bytes",
     missing_third_of_abs_max: "qutlass_abs_max.*: decodes to",
     abs_max_divided_after_its_scale: "qutlass_abs_max-scale0xfe-code6: decodes to",
     abs_max_without_gain: "qutlass_abs_max.*: codes",

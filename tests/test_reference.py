@@ -217,6 +217,7 @@ BLOCKS = {
         ScaleRule.EVEN: (128, [6, 1, 8, 1]),
         ScaleRule.RCEIL: (128, [6, 1, 8, 1]),
         ScaleRule.QUTLASS_ABS_MAX: (129, [7, 2, 8, 1]),  # 5.25, 0.75 ties to 1, -0.1875, 0.5625
+        ScaleRule.QUTLASS_QUEST: (126, [7, 4, 9, 3]),  # std 1.23 times 0.487 is 0.60: 14, 2, -0.5, 1.5
     },
     # 6.5 is 1.625 * 2**2: EVEN rounds up from 1.75 on, RCEIL above 6.
     (6.5, 2.5, -5.0, 1.25): {
@@ -225,6 +226,7 @@ BLOCKS = {
         ScaleRule.EVEN: (127, [7, 4, 14, 2]),
         ScaleRule.RCEIL: (128, [5, 2, 12, 1]),
         ScaleRule.QUTLASS_ABS_MAX: (129, [6, 4, 14, 2]),  # 4.875, 1.875, -3.75, 0.9375
+        ScaleRule.QUTLASS_QUEST: (126, [7, 6, 15, 4]),  # 1.52 to 0.74: 13, 5 ties to 4, -10, 2.5 ties to 2
     },
     # 6 is the largest code: only CEIL scales it down.
     (6.0, 4.0, -1.75, 3.5): {
@@ -233,6 +235,7 @@ BLOCKS = {
         ScaleRule.EVEN: (127, [7, 6, 12, 6]),
         ScaleRule.RCEIL: (127, [7, 6, 12, 6]),
         ScaleRule.QUTLASS_ABS_MAX: (129, [6, 5, 11, 5]),  # 4.5, 3, -1.3125, 2.625
+        ScaleRule.QUTLASS_QUEST: (126, [7, 7, 14, 7]),  # 1.40 to 0.68: 12, 8, -3.5 ties to -4, 7
     },
     # A power of two: the four OCP rules agree.
     (4.0, 0.3, -3.0, 2.5): {
@@ -241,6 +244,7 @@ BLOCKS = {
         ScaleRule.EVEN: (127, [6, 1, 13, 4]),
         ScaleRule.RCEIL: (127, [6, 1, 13, 4]),
         ScaleRule.QUTLASS_ABS_MAX: (129, [5, 0, 12, 4]),  # 3, 0.225, -2.25, 1.875
+        ScaleRule.QUTLASS_QUEST: (125, [7, 2, 15, 7]),  # 0.98 to 0.48: 16, 1.2, -12, 10
     },
     # Zeros: byte 0; for QuTLASS floor(log2(1e-8)) is -27.
     (0.0, 0.0, 0.0, 0.0): {
@@ -249,6 +253,7 @@ BLOCKS = {
         ScaleRule.EVEN: (0, [0, 0, 0, 0]),
         ScaleRule.RCEIL: (0, [0, 0, 0, 0]),
         ScaleRule.QUTLASS_ABS_MAX: (100, [0, 0, 0, 0]),
+        ScaleRule.QUTLASS_QUEST: (100, [0, 0, 0, 0]),
     },
     # The smallest float32, a sixth of which is 0: byte 0, and codes of 0 with their signs.
     (2.0**-149, -(2.0**-149), 0.0, 0.0): {
@@ -257,6 +262,7 @@ BLOCKS = {
         ScaleRule.EVEN: (0, [0, 8, 0, 0]),
         ScaleRule.RCEIL: (0, [0, 8, 0, 0]),
         ScaleRule.QUTLASS_ABS_MAX: (100, [0, 8, 0, 0]),
+        ScaleRule.QUTLASS_QUEST: (100, [0, 8, 0, 0]),
     },
 }
 

@@ -48,7 +48,14 @@ MXFP4 = BlockFormat(
     block_size=32,
     scale_dtype=torch.float8_e8m0fnu,
     has_tensor_scale=False,
-    rules=(ScaleRule.FLOOR, ScaleRule.CEIL, ScaleRule.EVEN, ScaleRule.RCEIL, ScaleRule.QUTLASS_ABS_MAX),
+    rules=(
+        ScaleRule.FLOOR,
+        ScaleRule.CEIL,
+        ScaleRule.EVEN,
+        ScaleRule.RCEIL,
+        ScaleRule.QUTLASS_ABS_MAX,
+        ScaleRule.QUTLASS_QUEST,
+    ),
 )
 
 # NVIDIA's format, not an OCP one: 16 E2M1 elements with one E4M3 scale, and one float32 scale a tensor.

@@ -1,7 +1,7 @@
 """Scale bytes: E8M0 and E4M3, and the named rules that choose a block's scale.
 
 There is no single "MXFP4 quantization": libraries differ in how they round the scale, and a comparison that does not name the
-rule compares rules. All arithmetic is exact, on the bits of a float32; no log2, which is off by one near powers of two.
+rule compares rules. Exponents are read off the bits of a float32; no log2, which is off by one near powers of two.
 """
 
 from enum import Enum
@@ -14,10 +14,12 @@ E4M3_MAX = 448.0
 
 _INF_BITS = 0x7F800000
 _SIXTH = 1.0 / 6.0
+# QuTLASS: magnitudes above 2.92247856 standard deviations of a normal distribution are cut off to E2M1's 6.
+_QUEST = 2.92247856 / 6.0
 
 
 class ScaleRule(Enum):
-    """How a block's scale follows from its largest magnitude, amax. E2M1 ends at 6 = 1.5 * 2**2.
+    """How a block's scale follows from its largest magnitude, amax, or spread (QUTLASS_QUEST). E2M1 ends at 6 = 1.5 * 2**2.
 
     The first four give an E8M0 exponent e, clamped to -127..127, and elements x / 2**e:
 
@@ -29,6 +31,8 @@ class ScaleRule(Enum):
 
     QUTLASS_ABS_MAX: e = floor(log2(amax + 1e-8)), and the codes hold 3 * x / 2**e (QuTLASS v0.2, method "abs_max"). Not OCP:
         a decoder must divide by 3, a product of two such operands by 9.
+    QUTLASS_QUEST: e = floor(log2(std * (2.92247856 / 6) + 1e-8)) with the standard deviation std of the block's values about
+        their mean, divided by their number (QuTLASS v0.2, method "quest"). Elements x / 2**e; the largest ones saturate.
     TWO_LEVEL: NVFP4 in the order of Transformer Engine: E4M3(amax * (S / 6)) with the tensor's encode scale S.
     """
 
@@ -37,6 +41,7 @@ class ScaleRule(Enum):
     EVEN = "even"
     RCEIL = "rceil"
     QUTLASS_ABS_MAX = "qutlass_abs_max"
+    QUTLASS_QUEST = "qutlass_quest"
     TWO_LEVEL = "two_level"
 
     @property
@@ -48,12 +53,26 @@ class ScaleRule(Enum):
         return self.value
 
 
-def e8m0_encode(amax: torch.Tensor, rule: ScaleRule) -> torch.Tensor:
-    """Scale bytes of blocks with the largest magnitudes `amax`. float32 (...) >= 0 or NaN -> float8_e8m0fnu (...).
+def block_extents(blocks: torch.Tensor, rule: ScaleRule) -> torch.Tensor:
+    """What a rule takes a block's scale from, NaN or infinite if the block holds either. float32 (..., block) -> float32 (...).
 
-    A block of zeros gets byte 0 (byte 100 under QUTLASS_ABS_MAX); amax that is NaN or infinite gets `E8M0_NAN`.
+    A standard deviation is computed in float64, the mean first, and rounded once, as in the reference of QuTLASS's tests. Its
+    kernels take the mean square less the squared mean, in float32, which errs where the mean is far above the deviation.
+    Where that is negative or NaN they set the scale to 1, and the code of a NaN is that of 6. Here a block that holds NaN or
+    infinity is NaN, as under every other rule: it must not become numbers.
     """
-    bits = amax.contiguous().view(torch.int32) & 0x7FFFFFFF
+    if rule is not ScaleRule.QUTLASS_QUEST:
+        return blocks.abs().amax(dim=-1)
+    values = blocks.double()
+    return (values - values.mean(dim=-1, keepdim=True)).square().mean(dim=-1).sqrt().float()
+
+
+def e8m0_encode(extent: torch.Tensor, rule: ScaleRule) -> torch.Tensor:
+    """Scale bytes of blocks with these `block_extents`. float32 (...) >= 0 or NaN -> float8_e8m0fnu (...).
+
+    A block of zeros gets byte 0 (byte 100 under QuTLASS's rules); an extent that is NaN or infinite gets `E8M0_NAN`.
+    """
+    bits = extent.contiguous().view(torch.int32) & 0x7FFFFFFF
     # The exponent field of a float32 is E8M0 of its floor; a subnormal has field 0, and its scale clamps to byte 0 anyway.
     if rule is ScaleRule.FLOOR:
         byte = (bits >> 23) - 2
@@ -62,9 +81,12 @@ def e8m0_encode(amax: torch.Tensor, rule: ScaleRule) -> torch.Tensor:
     elif rule is ScaleRule.EVEN:
         byte = ((bits + (1 << 21)) >> 23) - 2
     elif rule is ScaleRule.RCEIL:
-        byte = _exponent_rounded_up((amax * _SIXTH).view(torch.int32))
+        byte = _exponent_rounded_up((extent * _SIXTH).view(torch.int32))
     elif rule is ScaleRule.QUTLASS_ABS_MAX:
-        byte = (amax + 1e-8).view(torch.int32) >> 23
+        byte = (extent + 1e-8).view(torch.int32) >> 23
+    elif rule is ScaleRule.QUTLASS_QUEST:
+        # QuTLASS's order: in float64, rounded once.
+        byte = (extent.double() * _QUEST + 1e-8).float().view(torch.int32) >> 23
     else:
         raise ValueError(f"scale rule {rule} gives no E8M0 scale")
     byte = torch.where(bits < _INF_BITS, byte.clamp(0, 254), E8M0_NAN)

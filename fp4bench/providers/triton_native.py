@@ -22,7 +22,7 @@ _DECODE_ROWS, _GLUON = 16, "3.6."
 
 
 class TritonProvider:
-    """FP4 weights in every mode, and quantization by every rule with and without rotation; MoE layers of FP4 experts.
+    """FP4 weights in every mode, quantization by every rule but QUTLASS_QUEST; MoE layers of FP4 experts.
 
     On Hopper FP4 activations are multiplied as what they stand for, as `fp4bench.kernels.gemm` says.
     """
@@ -31,7 +31,10 @@ class TritonProvider:
     ops = ("quantize", "gemm", "moe")
     modes = ("w4a16", "w4a8", "w4a4", "w4a4_noquant")
     moe_modes = triton_moe.MODES
-    rules: Mapping[str, tuple[ScaleRule, ...]] = {name: fmt.rules for name, fmt in FORMATS.items()}
+    # Its kernels take a block's scale from the largest magnitude alone.
+    rules: Mapping[str, tuple[ScaleRule, ...]] = {
+        name: tuple(rule for rule in fmt.rules if rule is not ScaleRule.QUTLASS_QUEST) for name, fmt in FORMATS.items()
+    }
 
     def __init__(self) -> None:
         self._pdl = os.environ.get(PDL_VARIABLE, "1") != "0"

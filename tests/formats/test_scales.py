@@ -52,6 +52,22 @@ ABS_MAX_BYTES = {
     nan: 255,
 }
 
+# floor(log2(std * 0.48708 + 1e-8)) + 127.
+QUEST_BYTES = {
+    0.0: 100,
+    2.0**-149: 100,
+    2.0**-26: 101,
+    1.0: 125,
+    2.0: 126,
+    2.05: 126,
+    2.06: 127,
+    4.1: 127,
+    4.11: 128,
+    FLOAT32_MAX: 253,
+    inf: 255,
+    nan: 255,
+}
+
 
 def e8m0(amax, rule):
     return scales.e8m0_encode(torch.tensor([amax], dtype=torch.float32), rule).view(torch.uint8).item()
@@ -65,6 +81,22 @@ def test_e8m0_bytes_of_the_ocp_rules(amax, expected):
 @pytest.mark.parametrize(("amax", "expected"), ABS_MAX_BYTES.items(), ids=str)
 def test_e8m0_bytes_of_abs_max(amax, expected):
     assert e8m0(amax, ScaleRule.QUTLASS_ABS_MAX) == expected
+
+
+@pytest.mark.parametrize(("std", "expected"), QUEST_BYTES.items(), ids=str)
+def test_e8m0_bytes_of_quest(std, expected):
+    assert e8m0(std, ScaleRule.QUTLASS_QUEST) == expected
+
+
+@pytest.mark.parametrize("rule", MXFP4.rules, ids=str)
+def test_the_extent_of_a_block_is_its_largest_magnitude_or_its_standard_deviation(rule):
+    blocks = torch.zeros(5, 32)
+    blocks[0, :4] = torch.tensor([1.0, -7.0, 3.0, 3.0])  # mean 0, squares 68
+    blocks[1] = torch.tensor([5.0, 1.0]).repeat(16)
+    blocks[2, 3], blocks[3, 3], blocks[4] = nan, -inf, 1.5
+    largest, spread = (7.0, 5.0, nan, inf, 1.5), ((68 / 32) ** 0.5, 2.0, nan, nan, 0.0)
+    want = torch.tensor(spread if rule is ScaleRule.QUTLASS_QUEST else largest)
+    assert torch.equal(scales.block_extents(blocks, rule).nan_to_num(nan=-1.0), want.nan_to_num(nan=-1.0))
 
 
 def test_a_negative_nan_is_a_nan():
@@ -177,7 +209,7 @@ def test_the_formats_are_those_of_the_specifications():
 def test_the_default_rules_are_ocp_and_transformer_engine():
     assert MXFP4.default_rule is ScaleRule.FLOOR
     assert NVFP4.default_rule is ScaleRule.TWO_LEVEL
-    assert [str(rule) for rule in MXFP4.rules] == ["floor", "ceil", "even", "rceil", "qutlass_abs_max"]
+    assert [str(rule) for rule in MXFP4.rules] == ["floor", "ceil", "even", "rceil", "qutlass_abs_max", "qutlass_quest"]
     assert NVFP4.rules == (ScaleRule.TWO_LEVEL,)
 
 

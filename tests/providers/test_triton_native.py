@@ -4,8 +4,8 @@ import pytest
 
 from fp4bench.cases import Case
 from fp4bench.devices import Device
-from fp4bench.formats import MXFP4, NVFP4
-from fp4bench.problems import W4A4, W4A8, W4A16, GemmProblem, MoeProblem
+from fp4bench.formats import FORMATS, MXFP4, NVFP4, ScaleRule
+from fp4bench.problems import W4A4, W4A8, W4A16, GemmProblem, MoeProblem, QuantizeProblem
 from fp4bench.providers import triton_native, why_not
 from fp4bench.providers.triton_native import TritonProvider
 
@@ -32,6 +32,14 @@ def test_more_rows_than_decode_takes_need_the_gluon_that_their_kernel_is_written
     provider.version = "3.9.0"
     assert why_not(provider, problem(decode.MOST_ROWS), H200) is None
     assert "needs Triton 3.6, and 3.9.0 is installed" in why_not(provider, problem(decode.MOST_ROWS + 1), H200)
+
+
+def test_it_has_the_rules_that_its_kernels_have():
+    from fp4bench.kernels.quantize import RULES
+
+    assert TritonProvider.rules == {name: tuple(rule for rule in fmt.rules if rule in RULES) for name, fmt in FORMATS.items()}
+    quest = QuantizeProblem("some", "o", 1, 4, 128, MXFP4, ScaleRule.QUTLASS_QUEST)
+    assert why_not(TritonProvider(), quest, H200) == "triton has no scale rule qutlass_quest"
 
 
 def test_it_says_where_it_does_not(monkeypatch):
