@@ -53,6 +53,7 @@ _BUILT_IN = (
     "gemlite:GemliteProvider",
     "triton_kernels:TritonKernelsProvider",
     "vllm_qutlass:VllmQutlassProvider",
+    "vllm_qutlass:VllmQutlassQuestProvider",
     "vllm_cutlass:VllmCutlassProvider",
     "flashinfer:FlashInferCutlassProvider",
     "flashinfer:FlashInferCudnnProvider",

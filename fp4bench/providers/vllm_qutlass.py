@@ -1,13 +1,13 @@
 """QuTLASS in vLLM: rotation and quantization in one kernel, and FP4 products, as its benchmarks put them together.
 
-MXFP4 is its method abs_max, whose codes hold 3 * x / scale: alpha is 1 / 9 for two operands, which its own benchmarks leave at
-1. NVFP4 takes an encode scale that is known beforehand; alpha is 1 / (S of x * S of w). Both operands go through its
-quantizer, so that they are rotated by the same matrix; weights once, activations within the call in mode w4a4. Without a
-rotation the matrix is the identity. Scales come row-major in a padded buffer, and are brought into the 128 x 4 blocked layout
-by this package.
+MXFP4 has two methods, a provider each. Codes of abs_max hold 3 * x / scale: alpha is 1 / 9 for two operands, which its own
+benchmarks leave at 1. Those of quest hold x / scale: alpha is 1. NVFP4 takes an encode scale that is known beforehand; alpha is
+1 / (S of x * S of w). Both operands go through its quantizer, so that they are rotated by the same matrix; weights once,
+activations within the call in mode w4a4. Without a rotation the matrix is the identity. Scales come row-major in a padded
+buffer, and are brought into the 128 x 4 blocked layout by this package.
 
 The matrix is bfloat16, in which 32**-0.5 and 128**-0.5 are off by 1e-4, and reciprocals are approximate: some codes and scales
-are the neighbours of the reference's. Method "quest" is left out: `fp4bench.formats` has no rule for it. Not run on a GPU so
+are the neighbours of the reference's. NVFP4's quest is left out: `fp4bench.formats` has no rule for it. Not run on a GPU so
 far: the calls are compared with the schemas of the libraries.
 """
 
@@ -26,7 +26,11 @@ from fp4bench.quantize import quantize
 
 _MULTIPLY = {MXFP4.name: "matmul_mxf4_bf16_tn", NVFP4.name: "matmul_nvf4_bf16_tn"}
 # Until 0.26.0 there was one NVFP4 quantizer; 0.33.0 has one a method.
-_QUANTIZE = {MXFP4.name: ("fusedQuantizeMxAbsMax",), NVFP4.name: ("fusedQuantizeNv", "fusedQuantizeNvAbsMax")}
+_QUANTIZE = {
+    ScaleRule.QUTLASS_ABS_MAX: ("fusedQuantizeMxAbsMax",),
+    ScaleRule.QUTLASS_QUEST: ("fusedQuantizeMxQuest",),
+    ScaleRule.TWO_LEVEL: ("fusedQuantizeNv", "fusedQuantizeNvAbsMax"),
+}
 _ROTATIONS = {MXFP4.name: (32, 64, 128), NVFP4.name: (16, 32, 64, 128)}
 # Scales are written as one row after the other, which is the padded matrix where a row fills whole tiles.
 _K_MULTIPLE = {MXFP4.name: 128, NVFP4.name: 64}
@@ -56,7 +60,7 @@ class VllmQutlassProvider:
                 f"QuTLASS takes {name} with n a multiple of 8 and k of {_K_MULTIPLE[name]} and of the rotation, "
                 f"not {problem.n} and {problem.k}"
             )
-        return vllm_ops.QUTLASS.why_not(device.capability, _MULTIPLY[name], _QUANTIZE[name])
+        return vllm_ops.QUTLASS.why_not(device.capability, _MULTIPLY[name], _QUANTIZE[self.rules[name][0]])
 
     def accumulation(self, problem: GemmProblem, device: Device) -> Accumulation:
         """Its rotation is off by 1e-4, so that some codes are the neighbours of the right ones, up to a third of their value.
@@ -66,12 +70,12 @@ class VllmQutlassProvider:
         return Accumulation(bits=7, terms=problem.k)
 
     def prepare(self, problem: Any, inputs: Any) -> Runner:
-        fmt = problem.format
+        fmt, rule = problem.format, self.rules[problem.format.name][0]
         matrix = _rotation(problem, inputs.x.device)
         scales = [_encode_scale(operand, problem) for operand in (inputs.x, inputs.w)]
-        quantize_x = _quantizer(inputs.x, matrix, fmt, scales[0])
-        w_codes, w_scales = _quantizer(inputs.w, matrix, fmt, scales[1])()
-        factor = _alpha(scales[0], scales[1], inputs.x.device)
+        quantize_x = _quantizer(inputs.x, matrix, fmt, rule, scales[0])
+        w_codes, w_scales = _quantizer(inputs.w, matrix, fmt, rule, scales[1])()
+        factor = _alpha(rule, scales[0], scales[1], inputs.x.device)
         multiply = vllm_ops.QUTLASS.operator(_MULTIPLY[fmt.name])
 
         def product(codes: torch.Tensor, x_scales: torch.Tensor) -> torch.Tensor:
@@ -82,6 +86,22 @@ class VllmQutlassProvider:
             return lambda: product(*quantize_x())
         x = quantize_x()
         return lambda: product(*x)
+
+
+class VllmQutlassQuestProvider(VllmQutlassProvider):
+    """MXFP4 by QUTLASS_QUEST, with the same product."""
+
+    # A provider of its own, as FlashInfer's backends are: the GEMMs of a provider have one rule, which case ids do not name.
+    name = "vllm_qutlass_quest"
+    rules: Mapping[str, tuple[ScaleRule, ...]] = {MXFP4.name: (ScaleRule.QUTLASS_QUEST,)}
+
+    def accumulation(self, problem: GemmProblem, device: Device) -> Accumulation:
+        """That rotation gives one block in 6500 the scale below the right one, which cuts off every seventh of its values.
+
+        One such block in a row moves an output by 0.09 of the spread at k = 256 (its root mean square for normal values), and
+        less at a larger k. One addition of 6 bits is six times that.
+        """
+        return Accumulation(bits=6, terms=problem.k)
 
 
 def _rotation(problem: GemmProblem, device: torch.device) -> torch.Tensor:
@@ -99,21 +119,23 @@ def _encode_scale(operand: torch.Tensor, problem: GemmProblem) -> torch.Tensor |
     )
 
 
-def _alpha(x_encode_scale: torch.Tensor | None, w_encode_scale: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def _alpha(
+    rule: ScaleRule, x_encode_scale: torch.Tensor | None, w_encode_scale: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
     if x_encode_scale is None or w_encode_scale is None:
-        return torch.full((1,), ScaleRule.QUTLASS_ABS_MAX.gain**-2, device=device)  # 1 / 9
+        return torch.full((1,), rule.gain**-2, device=device)
     return alpha(x_encode_scale, w_encode_scale)
 
 
 def _quantizer(
-    operand: torch.Tensor, matrix: torch.Tensor, fmt: BlockFormat, encode_scale: torch.Tensor | None
+    operand: torch.Tensor, matrix: torch.Tensor, fmt: BlockFormat, rule: ScaleRule, encode_scale: torch.Tensor | None
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     """What rotates and quantizes `operand` (rows, k): -> codes uint8 (rows, k / 2), and scales blocked and flat."""
     rows, k = operand.shape
     codes = torch.empty(rows, k // 2, dtype=torch.uint8, device=operand.device)
     padded = layouts.padded_shape(rows, k // fmt.block_size)
     scales = torch.zeros(padded, dtype=torch.uint8, device=operand.device).view(fmt.scale_dtype)
-    operator = vllm_ops.QUTLASS.operator(*_QUANTIZE[fmt.name])
+    operator = vllm_ops.QUTLASS.operator(*_QUANTIZE[rule])
     given = {"A": operand, "R": matrix, "OUT": codes, "OUT_sf": scales}
     if encode_scale is not None:
         given["global_scale"] = encode_scale

@@ -7,10 +7,10 @@ from vllm_stand_in import QUTLASS, operators
 
 from fp4bench.checking import WrongResultError, check
 from fp4bench.devices import Device
-from fp4bench.formats import MXFP4, NVFP4, ScaleRule, e2m1, layouts
+from fp4bench.formats import MXFP4, NVFP4, ScaleRule, e2m1, layouts, scales
 from fp4bench.problems import W4A4, W4A4_NOQUANT, GemmInputs, GemmProblem
 from fp4bench.providers import vllm_qutlass, why_not
-from fp4bench.providers.vllm_qutlass import VllmQutlassProvider
+from fp4bench.providers.vllm_qutlass import VllmQutlassProvider, VllmQutlassQuestProvider
 from fp4bench.quantize import quantize
 
 H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
@@ -39,6 +39,10 @@ def abs_max(A, R, OUT, OUT_sf):  # noqa: N803
     return fill(OUT, OUT_sf, quantize(rotated(A, R), MXFP4, rule=ScaleRule.QUTLASS_ABS_MAX))
 
 
+def quest(A, R, OUT, OUT_sf):  # noqa: N803
+    return fill(OUT, OUT_sf, quantize(rotated(A, R), MXFP4, rule=ScaleRule.QUTLASS_QUEST))
+
+
 def nv(A, R, OUT, OUT_sf, global_scale):  # noqa: N803
     assert global_scale.numel() == 1
     return fill(OUT, OUT_sf, quantize(rotated(A, R), NVFP4, tensor_scale=global_scale))
@@ -62,6 +66,7 @@ BEHIND = {
     "matmul_mxf4_bf16_tn": multiply,
     "matmul_nvf4_bf16_tn": multiply,
     "fusedQuantizeMxAbsMax": abs_max,
+    "fusedQuantizeMxQuest": quest,
     "fusedQuantizeNv": nv,
     "fusedQuantizeNvAbsMax": nv,
 }
@@ -73,11 +78,20 @@ def vllm(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("hadamard", [None, 32, 128])
-@pytest.mark.parametrize(("version", "fmt"), [("0.26.0", MXFP4), ("0.26.0", NVFP4), ("0.33.0", NVFP4)], ids=str)
+@pytest.mark.parametrize(
+    ("version", "fmt", "made"),
+    [
+        ("0.26.0", MXFP4, VllmQutlassProvider),
+        ("0.26.0", MXFP4, VllmQutlassQuestProvider),
+        ("0.26.0", NVFP4, VllmQutlassProvider),
+        ("0.33.0", NVFP4, VllmQutlassProvider),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 @pytest.mark.parametrize("mode", [W4A4, W4A4_NOQUANT], ids=str)
-def test_it_is_put_together_as_it_is_meant(mode, version, fmt, hadamard, vllm):
+def test_it_is_put_together_as_it_is_meant(mode, version, fmt, made, hadamard, vllm):
     with vllm(version):
-        provider = VllmQutlassProvider()
+        provider = made()
         problem = gemm(mode, fmt, m=129, hadamard=hadamard)
         assert why_not(provider, problem, B200) is None
         inputs = problem.inputs()
@@ -91,7 +105,7 @@ def test_it_is_put_together_as_it_is_meant(mode, version, fmt, hadamard, vllm):
 
 
 def test_an_alpha_of_1_as_in_its_benchmarks_would_be_found(vllm, monkeypatch):
-    monkeypatch.setattr(vllm_qutlass, "_alpha", lambda x, w, device: torch.ones(1, device=device))
+    monkeypatch.setattr(vllm_qutlass, "_alpha", lambda rule, x, w, device: torch.ones(1, device=device))
     problem = gemm()
     inputs = problem.inputs()
     with vllm("0.26.0"):
@@ -99,6 +113,55 @@ def test_an_alpha_of_1_as_in_its_benchmarks_would_be_found(vllm, monkeypatch):
         out = provider.prepare(problem, inputs)()
         with pytest.raises(WrongResultError):
             check(problem, inputs, ScaleRule.QUTLASS_ABS_MAX, out, provider.accumulation(problem, B200))
+
+
+def test_an_alpha_of_abs_max_under_quest_would_be_found(vllm, monkeypatch):
+    monkeypatch.setattr(vllm_qutlass, "_alpha", lambda rule, x, w, device: torch.full((1,), 1 / 9, device=device))
+    problem = gemm()
+    inputs = problem.inputs()
+    with vllm("0.26.0"):
+        provider = VllmQutlassQuestProvider()
+        out = provider.prepare(problem, inputs)()
+        with pytest.raises(WrongResultError):
+            check(problem, inputs, ScaleRule.QUTLASS_QUEST, out, provider.accumulation(problem, B200))
+
+
+def test_the_operators_of_the_two_methods_are_not_swapped(vllm):
+    problem = gemm(m=129, n=256)
+    inputs = problem.inputs()
+    with vllm("0.26.0"):
+        provider = VllmQutlassQuestProvider()
+        out = provider.prepare(problem, inputs)()
+        assert check(problem, inputs, ScaleRule.QUTLASS_QUEST, out).exact
+        with pytest.raises(WrongResultError):
+            check(problem, inputs, ScaleRule.FLOOR, out)
+
+
+def test_quest_allows_a_scale_one_below_the_right_one_and_none_far_below(vllm, monkeypatch):
+    """Of one block in each row of both operands, which is far more than the rotation's 1e-4 make of random values."""
+
+    def lowered(steps):
+        def encode(extent, rule):
+            found = right(extent, rule)
+            if rule is ScaleRule.QUTLASS_QUEST:
+                found.view(torch.uint8)[:: problem.k // 32] -= steps  # `quantize` asks for whole rows, block after block
+            return found
+
+        return encode
+
+    right, problem = scales.e8m0_encode, gemm(m=129, n=256, k=1024)
+    inputs = problem.inputs()
+    with vllm("0.26.0"):
+        provider = VllmQutlassQuestProvider()
+        bound = provider.accumulation(problem, B200)
+        monkeypatch.setattr(scales, "e8m0_encode", lowered(1))
+        near = provider.prepare(problem, inputs)()
+        monkeypatch.setattr(scales, "e8m0_encode", lowered(8))
+        far = provider.prepare(problem, inputs)()
+        monkeypatch.undo()
+    assert not check(problem, inputs, ScaleRule.QUTLASS_QUEST, near, bound).exact
+    with pytest.raises(WrongResultError):
+        check(problem, inputs, ScaleRule.QUTLASS_QUEST, far, bound)
 
 
 @pytest.mark.parametrize(
@@ -122,3 +185,9 @@ def test_an_alpha_of_1_as_in_its_benchmarks_would_be_found(vllm, monkeypatch):
 def test_why_not(problem, device, reason, vllm):
     with vllm("0.26.0"):
         assert VllmQutlassProvider().why_not(problem, device) == reason
+        if problem.format is MXFP4:
+            assert VllmQutlassQuestProvider().why_not(problem, device) == reason
+
+
+def test_quest_has_mxfp4_alone():
+    assert why_not(VllmQutlassQuestProvider(), gemm(fmt=NVFP4), B200) == "vllm_qutlass_quest has no format nvfp4"
