@@ -20,8 +20,9 @@ _EAGER_BURSTS = 9
 # More nodes than this make capture and instantiation slower than what is measured: 10,000 launches take some 0.1 s.
 _MOST_CALLS = 1000
 
-# Launches of tiny kernels in a look at the GPU's state: 24 us (NVIDIA H200), and as many of them as of the canary.
-_LAUNCHES = 20
+# A look at the GPU's state: the canary's chain of tiny kernels, so often that the graph is as large as those of timed chains.
+# It is captured for each look, and so are samples that are taken anew: the state may be one of the graphs of a moment.
+_LAUNCHES, _CHAINS = 20, 40
 
 
 class CudaClock:
@@ -88,21 +89,20 @@ class CudaClock:
         seconds = once.read().seconds
         rounds = max(1, min(round(self._pace.burst_seconds / seconds), _MOST_CALLS) // len(calls))
         delay = max(0.0, slowdown * seconds * rounds * len(calls) - self._spin_overhead) if slowdown else 0.0
-        graph = once if rounds == 1 and not slowdown else TimedGraph(calls, rounds, self._device, flush, delay, self._memory)
-        del once
-        (readings, gap), retaken = self._taken(graph)
-        if not graph.delayed():
-            raise RuntimeError(f"a delay of {delay * 1e6:.1f} us was asked for, and less was spent: this drills nothing")
-        l2 = "warm" if self._warm else "cold" if flush is None else "cold_flush"
-        timed = self._measurement(readings, graph.calls, l2)
-        kernels = kernels_of(calls[0], self._memory)
-        return replace(timed, copies=len(calls), gap_seconds=gap, kernels=kernels, retaken=retaken)
 
-    def _taken(self, graph: TimedGraph) -> tuple[tuple[list[Reading], float], int]:
-        """The readings with their gap, and how often they were taken anew."""
-        if self._steadiness is None:
-            return take(graph.read, self._pace), 0
-        return self._steadiness.under(lambda: take(graph.read, self._pace))
+        def sampled() -> tuple[list[Reading], float, int]:
+            alone = rounds == 1 and not slowdown
+            graph = once if alone else TimedGraph(calls, rounds, self._device, flush, delay, self._memory)
+            readings, gap = take(graph.read, self._pace)
+            if not graph.delayed():
+                raise RuntimeError(f"a delay of {delay * 1e6:.1f} us was asked for, and less was spent: this drills nothing")
+            return readings, gap, graph.calls
+
+        (readings, gap, timed), retaken = self._steadiness.under(sampled) if self._steadiness else (sampled(), 0)
+        l2 = "warm" if self._warm else "cold" if flush is None else "cold_flush"
+        kernels = kernels_of(calls[0], self._memory)
+        found = self._measurement(readings, timed, l2)
+        return replace(found, copies=len(calls), gap_seconds=gap, kernels=kernels, retaken=retaken)
 
     def _measurement(self, readings: Sequence[Reading], calls: int, l2: str) -> Measurement:
         stamped = stamps_available(self._device)
@@ -160,21 +160,20 @@ class CudaClock:
 
 
 def _launches(device: Device) -> Callable[[], float]:
-    """Reads the SM cycles of a chain of tiny kernels, the median of three: what launches cost now."""
-    with torch.cuda.device(device.torch_name):
-        x = torch.zeros(256, device=device.torch_name)
+    """Reads the SM cycles of a chain of tiny kernels in a graph of its own, the median of three: what launches cost now."""
+    x = torch.zeros(256, device=device.torch_name)
 
-        def chain() -> None:
-            for _ in range(_LAUNCHES):
-                x.add_(1.0)
-
-        chain()
-        graph = TimedGraph([chain], 1, device)
+    def chain() -> None:
+        for _ in range(_LAUNCHES):
+            x.add_(1.0)
 
     def look() -> float:
         with torch.cuda.device(device.torch_name):
+            graph = TimedGraph([chain], _CHAINS, device)
             return median(graph.read().cycles or 0.0 for _ in range(3))
 
+    with torch.cuda.device(device.torch_name):
+        chain()
     return look
 
 
