@@ -3,7 +3,7 @@
 On NVIDIA H200s the kernels of a graph follow each other 0.17 to 0.4 us faster now and then: the canary `launches` took 20.5 us
 once, and 24.05 before and after. Of 32 accepted runs 11 hold one or two neighbouring cases, chains of dozens of small kernels,
 that were 1 to 22 % faster than in all other runs. Their samples agree with each other, so nothing but such a look tells, and
-they are taken anew. What brings that state is not known: neither a busy host, nor copies, NVML or another process do.
+they are taken anew. What brings that state is not known.
 """
 
 import time
