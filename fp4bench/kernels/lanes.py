@@ -13,16 +13,11 @@ from triton.experimental.gluon import language as gl
 
 @dataclass(frozen=True)
 class Shape:
-    """How to launch.
-
-    lane: neighbours that a lane has, 8, 16 or 32. warps: of a CTA. repeats: times 16 rows that a warp has.
-    registers: of a thread, at most; None for the compiler's choice.
-    """
+    """How to launch. lane: neighbours that a lane has, 8, 16 or 32. warps: of a CTA. repeats: times 16 rows that a warp has."""
 
     lane: int
     warps: int = 4
     repeats: int = 1
-    registers: int | None = None
 
     @property
     def rows(self) -> int:
@@ -30,19 +25,9 @@ class Shape:
         return 16 * self.warps * self.repeats
 
 
-def shape(hadamard: int | None) -> Shape:
-    """The launch for a rotation, of which four lanes hold one, or 32 values.
-
-    More rows a warp share the matrix of a rotation: 16384 x 8192 by Hadamard 64 takes 88 us instead of 97, by 32 97 instead of
-    104. Without a rotation nothing is to be shared; with 128, warps that are CTAs of their own are best, 96 us instead of 102
-    (NVIDIA H200, `baselines/NVIDIA-H200/kernels/2026-11-27_fp4-lanes.jsonl`).
-    """
-    return {None: Shape(16), 64: Shape(16, repeats=2), 128: Shape(32, warps=1)}.get(hadamard, Shape(8, repeats=2))
-
-
-def fits(x: torch.Tensor, hadamard: int | None) -> bool:
+def fits(x: torch.Tensor, how: Shape) -> bool:
     """Whether x (m, k) is bfloat16 without gaps, each of its rows some rows of lanes."""
-    whole = x.is_contiguous() and x.shape[1] % (4 * shape(hadamard).lane) == 0
+    whole = x.is_contiguous() and x.shape[1] % (4 * how.lane) == 0
     return whole and x.dtype == torch.bfloat16 and x.data_ptr() % 16 == 0
 
 

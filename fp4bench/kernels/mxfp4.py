@@ -9,10 +9,12 @@ a value (SASS of sm_90a, whole kernel):
 | `fp4_tiles`: float32, 32 neighbours a thread (`tiles`) | 0.79, 0.57 | 16, 22 |
 | float32, 8 neighbours a thread, rotations by `wgmma` from shared memory (`flat`) | 0.79, 0.72 | 17, 28 |
 | the same, rounded in pairs (`packed`) | 0.93, 0.79 | 13, 26 |
-| this: in pairs, rotations by `mma` of the registers that were loaded (`lanes`) | 0.95, 0.85 | 10, 16 |
+| in pairs, rotations by `mma` of the registers that were loaded (`lanes, integer signs`) | 0.95, 0.85 | 10, 15 |
+| this: signs by the fma that rounds, lost bits of two values at once (`lanes`) | 0.97, 0.88 | 10, 14 |
 
 In the second and third way without a rotation ptxas moves each 16-byte load down to its first use, so that a thread has one on
-its way; here all of a thread's loads, four or more, are operands of the same instructions.
+its way; here all of a thread's loads, four or more, are operands of the same instructions. Fewer registers a thread, for more
+threads, gained nothing.
 """
 
 import torch
@@ -21,16 +23,25 @@ from triton.experimental.gluon import language as gl
 
 from fp4bench.formats import ScaleRule
 from fp4bench.kernels import fp4_text, lanes
-from fp4bench.kernels.lanes import Shape, beside, load_rows, quarters, registers_of, shape, store_words
+from fp4bench.kernels.lanes import Shape, beside, load_rows, quarters, registers_of, store_words
 from fp4bench.kernels.rounding import power_of_two
 
 ROTATIONS = (16, 32, 64, 128)
 RULES = (ScaleRule.FLOOR, ScaleRule.CEIL, ScaleRule.EVEN, ScaleRule.RCEIL)
 
 
+def shape(hadamard: int | None) -> Shape:
+    """The launch for a rotation, of which four lanes hold one, or 32 values.
+
+    More rows a warp share the matrix of a rotation: 16384 x 8192 by Hadamard 64 takes 84 us instead of 90. Without a rotation
+    nothing is to be shared; by 128, of which a lane has 32 values of each row, warps that are CTAs of their own are best.
+    """
+    return {None: Shape(16), 64: Shape(16, warps=2, repeats=2), 128: Shape(32, warps=1)}.get(hadamard, Shape(8, 2, repeats=4))
+
+
 def fits(x: torch.Tensor, rule: ScaleRule, hadamard: int | None) -> bool:
     """Whether x (m, k) can be quantized here: bfloat16, without gaps, its rows whole rotations (or 64 values)."""
-    return hadamard in (None, *ROTATIONS) and rule in RULES and lanes.fits(x, hadamard)
+    return hadamard in (None, *ROTATIONS) and rule in RULES and lanes.fits(x, shape(hadamard))
 
 
 def quantize(
@@ -49,7 +60,6 @@ def quantize(
         HADAMARD=hadamard or 1,
         RULE=rule.value,
         num_warps=how.warps,
-        maxnreg=how.registers,
     )
 
 

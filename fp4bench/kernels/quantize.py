@@ -34,13 +34,11 @@ _UNIT = 64
 # Largest magnitudes that the first kernel of a computed tensor scale leaves to the second one, 4 bytes each.
 _MOST_PARTS = 1024
 
-# A row of at most so many values stays in registers between its largest magnitude and its codes; a longer one is read twice.
-# Many rows keep the memory busy while one waits, and are better read twice: 4096 rows of 28672 to FP8 take 108 us instead of
-# 131 (NVIDIA H200, `baselines/NVIDIA-H200/kernels/2026-11-27_quantize-launches.jsonl`). Of few rows only the first is timed.
-_LONGEST_ROW, _LONGEST_OF_MANY, _MANY_ROWS = 32768, 16384, 4096
-
-# So many rows are few: each has an SM of its own, or several where it is not short.
-_FEW_ROWS, _SHORTEST_SHARED = 128, 16384
+# A row of at most so many values stays in registers between its largest magnitude and its codes, in a program of its own; a
+# longer one is read twice. Many rows keep the memory busy while one waits, and are better read twice earlier.
+_LONGEST_ROW, _LONGEST_OF_MANY = 32768, 16384
+_FEW_ROWS = 128  # each has an SM of its own
+_MANY_FP4_ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,34 +99,38 @@ def launch(m: int, k: int, run: int) -> Launch:
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """How rows become E4M3.
+    """How rows become E4M3, one a program.
 
     run: neighbours that a thread has at a time. runs: of them, that a program writes at a time. read_runs: that it reads at a
-    time to find a row's largest magnitude; 0 where it keeps the row in registers, and reads and writes it once.
-    shares: programs of a row. warps: of a program.
+    time to find the largest magnitude; 0 where it keeps the row in registers, and reads and writes it once. warps: of it.
     """
 
     run: int
     runs: int
     read_runs: int
-    shares: int
     warps: int
 
 
-def row_launch(m: int, k: int, run: int) -> RowLaunch:
-    """The launch for m rows of k values; run: how many of them are rotated or scaled together, 1 where none are.
+def fp8_launch(m: int, k: int) -> RowLaunch:
+    """The launch for m rows of k values to FP8.
 
-    Few rows leave most of a GPU idle, and what one SM computes of a row of 28672 takes longer than to read it. So each of
-    several programs finds the largest magnitude of a row by itself, and writes its share.
+    Runs of 16 instead of 32: between products of Llama-3.3-70B's qkv 64 rows of 8192 take 3.2 us instead of 4.2. Long rows read
+    twice, a quarter at a time the second time: 4096 rows of 28672 take 88 us instead of 131, 256 rows 8.6 instead of 11.9; but
+    few rows are sooner done by 1024 threads at once. A row shared by several programs, each finding its largest magnitude, took
+    less time alone and more behind a product, whose end each of them waits for: 64 rows of 28672 between products of `down` 5.2
+    to 5.4 us instead of 3.6. (NVIDIA H200, `baselines/NVIDIA-H200/kernels/2026-11-27_fp8-rows.jsonl`)
     """
-    if run == 1 and m <= _FEW_ROWS and k <= _LONGEST_ROW:
-        shares = 1 if k < _SHORTEST_SHARED else min(4, _FEW_ROWS // m)
-        whole, share = (triton.next_power_of_2(max(1, triton.cdiv(k, 16 * part))) for part in (1, shares))
-        return RowLaunch(16, share, whole if shares > 1 else 0, shares, max(1, min(32, share // 32)))
-    run = max(32, run)
-    longest = _LONGEST_OF_MANY if m >= _MANY_ROWS else _LONGEST_ROW
+    runs = triton.next_power_of_2(max(1, triton.cdiv(min(k, _LONGEST_ROW), 16)))
+    if k > _LONGEST_ROW or (k > _LONGEST_OF_MANY and m > _FEW_ROWS):
+        return RowLaunch(16, runs // 4, runs, 16)
+    return RowLaunch(16, runs, 0, max(1, min(32, runs // (32 if m <= _FEW_ROWS else 64))))
+
+
+def fp4_as_e4m3_launch(m: int, k: int, hadamard: int | None) -> RowLaunch:
+    """The launch for m rows of k values by way of FP4: runs are whole blocks and whole rotations."""
+    run, longest = max(32, hadamard or 1), _LONGEST_OF_MANY if m >= _MANY_FP4_ROWS else _LONGEST_ROW
     runs = triton.next_power_of_2(max(1, triton.cdiv(min(k, longest), run)))
-    return RowLaunch(run, runs, 0 if k <= longest else runs, 1, max(1, min(32, runs // 32)))
+    return RowLaunch(run, runs, 0 if k <= longest else runs, max(1, min(32, runs // 32)))
 
 
 def quantize(
@@ -373,8 +375,9 @@ def _quantize_rows(
     if not out.scales.numel():
         return
     matrix, k, k_out = _matrix(x), x.shape[-1], out.values.shape[-1]
-    how = row_launch(matrix.shape[0], k_out, (hadamard or MXFP4.block_size) if fp4 else 1)
-    quantize_row[(matrix.shape[0], how.shares)](
+    m = matrix.shape[0]
+    how = fp4_as_e4m3_launch(m, k_out, hadamard) if fp4 else fp8_launch(m, k_out)
+    quantize_row[(m,)](
         matrix,
         out.values,
         out.scales,

@@ -133,18 +133,6 @@ def check_fp8_rows():
             assert not got.values[:4, k:].any()
 
 
-def check_shared_rows():
-    shortest, fused._SHORTEST_SHARED = fused._SHORTEST_SHARED, 4096
-    x = torch.cat((randn(2, 4100), torch.zeros(1, 4100)))
-    x[1, -1], x[0, 17] = 9.0, -8.0  # seen by all programs of a row
-    assert fused.row_launch(3, 4100, 1).shares > 1
-    got, want = fused.quantize_fp8_rows(x), eager.quantize_fp8_rows(x)
-    assert torch.equal(got.scales, want.scales)
-    assert torch.equal(raw(got.values), raw(want.values))
-    assert torch.equal(raw(fused.quantize_fp8_rows(x, fragments=True).values), in_fragment_order(want.values))
-    fused._SHORTEST_SHARED = shortest
-
-
 def check_rows_too_long_for_registers():
     longest, fused._LONGEST_ROW = fused._LONGEST_ROW, 128
     x = randn(3, 1000)
@@ -214,7 +202,6 @@ def main():
     check_any_shape()
     check_blocked_scales()
     check_fp8_rows()
-    check_shared_rows()
     check_rows_too_long_for_registers()
     check_images_in_e4m3()
     check_images_in_bf16()

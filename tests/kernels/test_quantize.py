@@ -100,8 +100,8 @@ def test_a_run_stays_in_the_registers_of_its_thread(hadamard, capability, monkey
 def test_nvfp4_and_rows_compile_without_spills(monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns of a default that is not used
     assert spilled(tiles(64, 90, NVFP4), 90) == 0
-    for m, k, loads in ((4096, 8192, 4), (128, 8192, 2), (64, 28672, 4 + 2), (1, 28672, 8 + 2)):
-        how = fused.row_launch(m, k, 1)
+    for m, k, loads in ((4096, 8192, 4), (128, 8192, 2), (64, 28672, 4), (4096, 28672, 8 + 2)):
+        how = fused.fp8_launch(m, k)
         ptx = rows(how)
         assert ptx.count("cvt.rn.satfinite.e4m3x2.f32") == how.run * how.runs // (64 * how.warps)
         assert ptx.count("ld.global") == ptx.count("ld.global.v4") == loads
@@ -111,7 +111,7 @@ def test_nvfp4_and_rows_compile_without_spills(monkeypatch):
 @pytest.mark.parametrize("kernel", [rows, tiles])
 def test_overlapped_kernels_wait_before_they_touch_memory(kernel, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns of a default that is not used
-    arguments = {"how": fused.row_launch(1, 8192, 1)} if kernel is rows else {"hadamard": 1, "capability": 90}
+    arguments = {"how": fused.fp8_launch(1, 8192)} if kernel is rows else {"hadamard": 1, "capability": 90}
     ptx = kernel(**arguments, pdl=True)
     release, wait = (ptx.index(f"griddepcontrol.{name}") for name in ("launch_dependents", "wait"))
     assert release < wait < ptx.index("ld.global")
@@ -133,22 +133,16 @@ def test_a_tile_is_whole_warps_and_no_longer_than_a_row(m, k, run):
     assert tile.warps * 32 == tile.rows * tile.runs
 
 
-@pytest.mark.parametrize("m", [1, 33, 64, 128, 129, 4096])
-@pytest.mark.parametrize("k", [1, 64, 4032, 4096, 8192, 28672, 40000])
-@pytest.mark.parametrize("run", [1, 32, 128])
-def test_the_programs_of_a_row_read_and_write_all_of_it(m, k, run):
-    how = fused.row_launch(m, k, run)
-    assert how.run >= run
-    written = how.run * how.runs * how.shares
-    if how.read_runs:
-        assert how.read_runs % how.runs == 0
-        assert how.shares == 1 or written >= k
-    else:
-        assert how.shares == 1
-        assert written >= k
-    assert how.shares == 1 or m * how.shares <= 132  # all at once
-    assert how.runs == 1 or written < 2 * k + how.run * how.shares
-    assert 32 * how.warps <= max(32, how.runs)
+@pytest.mark.parametrize("m", [1, 128, 129, 4096])
+@pytest.mark.parametrize("k", [1, 64, 4096, 8192, 28672, 40000])
+@pytest.mark.parametrize("hadamard", [None, 16, 128])
+def test_a_program_has_threads_for_its_runs_and_runs_for_its_row(m, k, hadamard):
+    for how in (fused.fp8_launch(m, k), fused.fp4_as_e4m3_launch(m, k, hadamard)):
+        assert how.read_runs or how.run * how.runs >= k
+        assert how.read_runs == 0 or how.read_runs >= how.runs
+        assert how.run * how.runs < max(2 * k, how.run + 1)
+        assert 32 * how.warps <= max(32, max(how.runs, how.read_runs))
+    assert fused.fp4_as_e4m3_launch(m, k, hadamard).run % max(32, hadamard or 1) == 0
 
 
 def test_what_the_kernel_has_not_is_refused():
