@@ -41,7 +41,9 @@ class CudaClock:
         self._device, self._l2_bytes, self._pace, self._warm = device, device.l2_bytes, pace, warm
         self._flush = torch.empty(0 if warm else 2 * device.l2_bytes, dtype=torch.int8, device=device.torch_name)
         # A rest before samples are taken anew would end the state that a sustained pace is to measure.
-        self._steadiness = Steadiness(_launches(device)) if pace.gap_seconds and stamps_available(device) else None
+        self._steadiness = (
+            Steadiness(_launches(device, pace.gap_seconds)) if pace.gap_seconds and stamps_available(device) else None
+        )
 
     def copies(self, bytes_touched: int) -> int:
         return 1 if self._warm else copies_needed(bytes_touched, self._l2_bytes)
@@ -159,18 +161,20 @@ class CudaClock:
         return Measurement(seconds, 1, "cuda_events", l2, pace=self._pace.name, gap_seconds=gap)
 
 
-def _launches(device: Device) -> Callable[[], float]:
-    """Reads the SM cycles of a chain of tiny kernels in a graph of its own, the median of three: what launches cost now."""
+def _launches(device: Device, rest_seconds: float) -> Callable[[], tuple[float, float]]:
+    """Reads seconds and SM cycles of a chain of tiny kernels in a graph of its own, after a rest: what launches cost now."""
     x = torch.zeros(256, device=device.torch_name)
 
     def chain() -> None:
         for _ in range(_LAUNCHES):
             x.add_(1.0)
 
-    def look() -> float:
+    def look() -> tuple[float, float]:
         with torch.cuda.device(device.torch_name):
             graph = TimedGraph([chain], _CHAINS, device)
-            return median(graph.read().cycles or 0.0 for _ in range(3))
+            sleep(rest_seconds)
+            readings = [graph.read() for _ in range(3)]
+        return median(r.seconds for r in readings), median(r.cycles or 0.0 for r in readings)
 
     with torch.cuda.device(device.torch_name):
         chain()

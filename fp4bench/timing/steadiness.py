@@ -28,11 +28,12 @@ _TRUSTED_UNTIL = 3
 class Steadiness:
     """Takes samples under the usual state of a device.
 
-    look: reads something whose time is always the same there, in any unit. The usual is the median of all looks so far: a
-    state that stays becomes the usual one.
+    look: reads something that is always the same there, by one or more witnesses, such as seconds and SM cycles; a look is off
+    where all of them are, in one direction, for a change of the clock alone shows in one of them. The usual is the median of
+    all looks so far: a state that stays becomes the usual one.
     """
 
-    def __init__(self, look: Callable[[], float], sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, look: Callable[[], tuple[float, ...]], sleep: Callable[[float], None] = time.sleep) -> None:
         self._look, self._sleep = look, sleep
         self._seen = deque([look()], maxlen=_MOST_LOOKS)
         self._unsteady = 0  # measurements in a row
@@ -52,11 +53,16 @@ class Steadiness:
             retaken += 1
             self._sleep(_PAUSE_SECONDS)
 
-    def _seen_now(self) -> float:
+    def _seen_now(self) -> tuple[float, ...]:
         self._seen.append(self._look())
         return self._seen[-1]
 
-    def _usual(self, *looks: float) -> bool:
-        usual = median(self._seen)
+    def _usual(self, *looks: tuple[float, ...]) -> bool:
+        usual = [median(values) for values in zip(*self._seen, strict=True)]
         told = self._seen if len(self._seen) < _FEWEST_LOOKS else looks
-        return all(abs(look / usual - 1) <= _APART for look in told)
+        return not any(_off(look, usual) for look in told)
+
+
+def _off(look: tuple[float, ...], usual: list[float]) -> bool:
+    changes = [value / normal - 1 for value, normal in zip(look, usual, strict=True)]
+    return min(changes) > _APART or max(changes) < -_APART

@@ -18,7 +18,8 @@ class Machine:
     def look(self):
         self.now += 1e-3
         self.noise = -self.noise
-        return (20.5 if any(start <= self.now < stop for start, stop in self.spans) else 24.0) * (1 + self.noise)
+        took = (20.5 if any(start <= self.now < stop for start, stop in self.spans) else 24.0) * (1 + self.noise)
+        return took, took * 1980
 
     def sleep(self, seconds):
         self.now += seconds
@@ -49,6 +50,19 @@ def test_without_the_looks_a_case_would_keep_them(monkeypatch):
     assert any(rare for rare, _ in taken(Machine((2.05, 3.05))))
 
 
+@pytest.mark.parametrize("changed", ["seconds", "cycles"])
+def test_a_lower_clock_is_no_other_state(changed):
+    class Hot(Machine):
+        """Its clock is a tenth lower after every third case, and launches take as many nanoseconds, or as many cycles."""
+
+        def look(self):
+            seconds, cycles = super().look()
+            hot = 1.1 if self.taken % 3 == 0 else 1.0
+            return (seconds * hot, cycles) if changed == "seconds" else (seconds, cycles / hot)
+
+    assert [retaken for _, retaken in taken(Hot(noise=0.005))] == [0] * 20
+
+
 def test_noise_of_half_a_percent_costs_nothing():
     machine = Machine(noise=0.005)
     assert [retaken for _, retaken in taken(machine)] == [0] * 20
@@ -69,7 +83,8 @@ def test_a_state_that_stays_becomes_the_usual_one():
 def test_a_device_that_is_never_steady_is_given_up():
     class Wild(Machine):
         def look(self):
-            return 24.0 * (1 + 0.1 * (self.taken % 3)) + super().look() * 0
+            super().look()
+            return (24.0 * (1 + 0.1 * (self.taken % 3)),)
 
     machine = Wild()
     assert sum(retaken for _, retaken in taken(machine, cases=50)) <= 4 * 3 + 50 * 0.1
@@ -79,8 +94,8 @@ def test_a_device_that_is_never_steady_is_given_up():
 def test_looks_at_a_gpu_repeat():
     from fp4bench.timing.cuda_clock import _launches
 
-    look = _launches(find_device("cuda"))
-    looks = sorted(look() for _ in range(50))
+    look = _launches(find_device("cuda"), 0.01)
+    looks = sorted(look()[0] for _ in range(50))
     assert looks[0] > 0
     # Half of them, for the rare state may be met while this runs.
     assert looks[37] / looks[12] < 1.02
@@ -95,8 +110,12 @@ def test_a_gpu_clock_takes_samples_anew_where_a_look_is_off(monkeypatch):
     clock = clock_for(find_device("cuda"))
     x = torch.zeros(1 << 20, device="cuda")
     assert clock._steadiness is not None
+
+    def scaled(seen, share):
+        return tuple(value * share for value in seen)
+
     look, looks = clock._steadiness._look, iter(range(1000))
-    monkeypatch.setattr(clock._steadiness, "_look", lambda: look() * (0.85 if next(looks) == 1 else 1.0))
+    monkeypatch.setattr(clock._steadiness, "_look", lambda: scaled(look(), 0.85 if next(looks) == 1 else 1.0))
     measured = clock.measure([lambda: x.add_(1.0)], x.nbytes)
     assert measured.retaken >= 1
     assert clock_for(find_device("cuda"), "sustained")._steadiness is None
