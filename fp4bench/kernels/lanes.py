@@ -4,11 +4,13 @@ Rows follow one another in memory without gaps, so that a row of x is some of th
 and g + 8, loaded 16 bytes at a time: the registers of an A operand as they are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+_MANY_CTAS = 1024  # 8 for each of an H200's 132 SMs
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,10 @@ class Shape:
     def rows(self) -> int:
         """Rows of 4 `lane` values that a CTA has."""
         return 16 * self.warps * self.repeats
+
+    def of(self, rows: int) -> "Shape":
+        """This for so many rows: where they fill no GPU, each warp has 16, so that more SMs have some."""
+        return self if rows >= _MANY_CTAS * self.rows else replace(self, repeats=1)
 
 
 def fits(x: torch.Tensor, how: Shape) -> bool:

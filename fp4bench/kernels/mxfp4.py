@@ -47,9 +47,9 @@ def fits(x: torch.Tensor, rule: ScaleRule, hadamard: int | None) -> bool:
 def quantize(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, rule: ScaleRule, hadamard: int | None, how: Shape | None = None
 ) -> None:
-    """Write codes, uint8 (m, k / 2), and scales, E8M0 (m, k / 32), of x (m, k) that `fits`."""
-    how = how or shape(hadamard)
-    rows = x.numel() // (4 * how.lane)
+    """Write codes, uint8 (m, k / 2), and scales, E8M0 (m, k / 32), of x (m, k) that `fits`. how: default by `shape`."""
+    rows = x.numel() // (4 * (how or shape(hadamard)).lane)
+    how = how or shape(hadamard).of(rows)
     _quantize[(-(-rows // how.rows),)](
         x,
         codes.view(torch.int32),

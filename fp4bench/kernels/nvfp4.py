@@ -40,10 +40,10 @@ def quantize(
 ) -> None:
     """Write codes, uint8 (m, k / 2), scales, E4M3 (m, k / 16), and the encode scale, of x (m, k) that `fits`.
 
-    source, parts, given: as `quantize` makes them of what its caller gave.
+    source, parts, given: as `quantize` makes them of what its caller gave. how: default by `shape`.
     """
-    how = how or shape(hadamard)
-    rows = x.numel() // (4 * how.lane)
+    rows = x.numel() // (4 * (how or shape(hadamard)).lane)
+    how = how or shape(hadamard).of(rows)
     _quantize[(-(-rows // how.rows),)](
         x,
         codes.view(torch.int32),
@@ -63,8 +63,8 @@ def quantize(
 
 def largest(x: torch.Tensor, parts: torch.Tensor, hadamard: int | None) -> None:
     """Write the bits of the largest magnitudes, float32, of x that `fits`, rotated. parts: int32, one a program."""
-    how = shape(hadamard)
-    rows = x.numel() // (4 * how.lane)
+    rows = x.numel() // (4 * shape(hadamard).lane)
+    how = shape(hadamard).of(rows)
     _largest_of_all[(parts.numel(),)](
         x,
         parts,

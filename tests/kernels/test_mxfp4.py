@@ -120,9 +120,16 @@ def test_blocks_of_zeros_keep_their_signs():
 # --- Compiled ---------------------------------------------------------------------------------------------------------------
 
 
+def test_few_rows_are_spread_over_more_programs():
+    how = kernel.shape(64)
+    assert how.of(1024 * how.rows) == how
+    assert how.of(1024 * how.rows - 1).rows == how.rows // how.repeats
+
+
 @each_rotation
-def test_loads_come_first_and_nothing_goes_through_shared_memory(hadamard, tmp_path):
-    how = kernel.shape(hadamard)
+@pytest.mark.parametrize("rows", [1, 10**6])
+def test_loads_come_first_and_nothing_goes_through_shared_memory(rows, hadamard, tmp_path):
+    how = kernel.shape(hadamard).of(rows)
     types = {"x": "*bf16", "codes": "*i32", "scales": "*u8", "rows": "i32"}
     constants = {"LANE": how.lane, "REPEATS": how.repeats, "HADAMARD": hadamard or 1, "RULE": "floor"}
     binary = compile_gluon(kernel._quantize, types, constants, warps=how.warps)
@@ -163,7 +170,7 @@ def test_what_fits(x, rule, hadamard, whether):
 @pytest.mark.gpu
 @each_rotation
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("m", [1, 77, 3000])
+@pytest.mark.parametrize("m", [1, 77, 9000])
 def test_a_gpu_has_the_bits_of_the_eager_truth(m, rule, hadamard):
     x = randn(m, 1280, seed=m).bfloat16()
     assert kernel.fits(x, rule, hadamard)

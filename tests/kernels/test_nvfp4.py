@@ -100,8 +100,9 @@ def test_what_is_no_number_is_a_nan_of_its_rotation_alone(hadamard):
 
 @each_rotation
 @pytest.mark.parametrize("given", ["number", "largest"])
-def test_loads_come_first_and_nothing_goes_through_shared_memory(given, hadamard, tmp_path):
-    how = kernel.shape(hadamard)
+@pytest.mark.parametrize("rows", [1, 10**6])
+def test_loads_come_first_and_nothing_goes_through_shared_memory(rows, given, hadamard, tmp_path):
+    how = kernel.shape(hadamard).of(rows)
     types = {"x": "*bf16", "codes": "*i32", "scales": "*u8", "tensor_scale": "*fp32", "parts": "i32", "rows": "i32"}
     types["source"] = "fp32" if given == "number" else "*i32"
     constants = {"LANE": how.lane, "REPEATS": how.repeats, "HADAMARD": hadamard or 1, "GIVEN": given}
@@ -150,7 +151,7 @@ def test_what_fits(x, hadamard, whether):
 @pytest.mark.gpu
 @each_rotation
 @pytest.mark.parametrize("given", ["number", "tensor", "largest"])
-@pytest.mark.parametrize("m", [1, 77, 3000])
+@pytest.mark.parametrize("m", [1, 77, 9000])
 def test_a_gpu_has_the_bits_of_the_eager_truth(m, given, hadamard):
     x = randn(m, 1280, seed=m).bfloat16()
     assert kernel.fits(x, hadamard)
