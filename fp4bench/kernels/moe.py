@@ -26,7 +26,7 @@ from fp4bench.kernels.grouped_prefill import product
 from fp4bench.kernels.grouped_short import ShortConfig
 from fp4bench.kernels.prefill import PrefillConfig
 from fp4bench.kernels.quantize import quantize_fp8_rows
-from fp4bench.kernels.weights import UNIT_K
+from fp4bench.kernels.weights import TILE_N, UNIT_K
 from fp4bench.models import Activation
 from fp4bench.quantize import RowQuantized
 
@@ -101,28 +101,56 @@ class Workspace:
     hidden_quantized: RowQuantized | None = None
 
 
-def default_config(m: int, topk: int, experts: int, intermediate: int, *, fp8: bool = False) -> MoeConfig:
-    """A launch by arithmetic: the narrowest blocks that few experts have more tokens than, if tokens choose evenly; warps that
-    share k have several units of it each where blocks are wider than 8.
+# The most pairs an expert, on average, for which wgmma multiplies blocks of so many columns. Blocks of 128 do not pay at 64
+# pairs: DeepSeek-R1 at m = 2048 in w4a16 3889 us in blocks of 64, 4316 in blocks of 128; in w4a8 2837 and 2813, gpt-oss-120b
+# 889 and 926. These figures and those below: NVIDIA H200, baselines/NVIDIA-H200/moe/2026-11-27_launches.jsonl.
+_MEAN_OF_WIDE = ((80, 64), (float("inf"), 128))
+_MEAN_OF_WIDE_FP8 = ((12, 16), (24, 32), *_MEAN_OF_WIDE)
 
-    fp8: for w4a8, which `grouped_prefill` alone computes. Its CTAs are two an SM: one stores while the other multiplies. Few
-        tokens an expert go in long steps (DeepSeek-R1 at m = 256, NVIDIA H200: first product 977 us, in steps of 128 1017).
+_SHORT_WIDE = 512  # columns of k, up to which a tile is so little work that what a CTA stores is hidden by more CTAs an SM
+_FEW_CTAS = 264  # two an SM of an H200
+
+
+def default_config(m: int, topk: int, experts: int, intermediate: int, *, fp8: bool = False) -> MoeConfig:
+    """A launch by arithmetic: the narrowest blocks that few experts have more tokens than, if tokens choose evenly.
+
+    fp8: for w4a8, which `grouped_prefill` alone computes.
     """
     mean = m * topk / experts
-    if fp8 and mean <= 24:
-        narrow = PrefillConfig(64, 16 if mean <= 12 else 32, 256, stages=4, warpgroups=1, ctas=2)
-        return MoeConfig(narrow, narrow)
     if fp8 or mean > 12:
-        columns, depth = 64 if mean <= 40 else 128, 128 if fp8 else 64
-        wide = PrefillConfig(128, columns, depth, stages=5 if columns == 64 and not fp8 else 4, warpgroups=1, ctas=2)
-        return MoeConfig(wide, wide)
+        return _wide_config(mean, intermediate, fp8)
     block = 8 if m <= 8 or mean <= 3 else 16
+    first, second = _narrow_configs(block, min(m * topk, experts), intermediate)
+    return MoeConfig(first, ShortConfig(block) if grouped_short.fits(intermediate, block) else second)
+
+
+def _wide_config(mean: float, intermediate: int, fp8: bool) -> MoeConfig:
+    """CTAs are two an SM: one stores while the other multiplies. Where k is short there are more of them (DeepSeek-R1 at TP 8,
+    m = 1024, w4a8: second product 259 us with four, 276 with two). Few tokens an expert go in long steps (TP 1, m = 256: first
+    product 977 us, in steps of 128 1017).
+    """
+    columns = next(columns for most, columns in (_MEAN_OF_WIDE_FP8 if fp8 else _MEAN_OF_WIDE) if mean <= most)
+    if columns < 64:
+        narrow = PrefillConfig(64, columns, 256, stages=4, warpgroups=1, ctas=2)
+        return MoeConfig(narrow, narrow)
+    wide = PrefillConfig(128, columns, 128 if fp8 else 64, 5 if columns == 64 and not fp8 else 4, warpgroups=1, ctas=2)
+    if intermediate > _SHORT_WIDE or columns > 64:
+        return MoeConfig(wide, wide)
+    short = PrefillConfig(64, columns, 128, 3, 1, ctas=4) if fp8 else PrefillConfig(64, columns, 64, 6, 1, ctas=3)
+    return MoeConfig(wide, short)
+
+
+def _narrow_configs(block: int, blocks: int, intermediate: int) -> tuple[GroupedConfig, GroupedConfig]:
+    """Of both products. Warps that share k have several units of it each where blocks are wider than 8. Few CTAs, as those of
+    experts cut for many GPUs, have more warps, and more units on the way (DeepSeek-R1 at TP 8, m = 1: first product 11.6 us
+    instead of 23.3).
+    """
     first, units = GroupedConfig(block, ahead=block == 8), ceil(intermediate / UNIT_K)
-    if grouped_short.fits(intermediate, block):
-        return MoeConfig(first, ShortConfig(block))
-    if block == 8:  # so little work a CTA that more of them are better
-        return MoeConfig(first, first)
-    return MoeConfig(first, replace(first, split=4 if units >= 16 else 2 if units >= 8 else 1))
+    if block > 8:
+        return first, replace(first, split=4 if units >= 16 else 2 if units >= 8 else 1)
+    if blocks * ceil(2 * intermediate / (TILE_N * first.tiles)) <= _FEW_CTAS:
+        return GroupedConfig(block, warps=8, depth=2), first
+    return first, first  # so little work a CTA that more of them are better
 
 
 def bias_of_tiles(bias: torch.Tensor, weight: PreparedExperts) -> torch.Tensor:

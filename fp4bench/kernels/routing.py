@@ -17,10 +17,9 @@ from triton.language.extra import cuda
 # alone, how many blocks there are.
 BLOCK_FIELDS = 4
 
-# Choices that a program has in registers at a time, up to 16 a thread of up to 16 warps. With 4 warps and 2048 at a time 8192
-# choices of 256 experts took 16.5 us on an H200, and 16384 32 us: 2 % of a layer at TP 8.
-_CHUNK = 8192
-_FEWEST_A_WARP, _MOST_WARPS = 256, 16
+# Choices that a program has in registers at a time: 16 a thread. 8192 choices of 256 experts take 16.5 us on an H200; with 16
+# warps and 8192 at a time they took 20.6, as each program counts the choices of all experts.
+_CHUNK = 2048
 _COLUMNS = 1024  # of the output, that a program of `combine` computes
 
 
@@ -48,7 +47,6 @@ def order(
         raise ValueError(f"{pairs} pairs of {experts} experts may make {most_blocks(pairs, experts, rows)} blocks of {rows}")
     if pairs == 0:
         return
-    chunk = min(_CHUNK, max(32, triton.next_power_of_2(pairs)))
     _order[(experts,)](
         ids,
         positions,
@@ -58,9 +56,9 @@ def order(
         blocks.shape[0],
         rows,
         BINS=max(32, triton.next_power_of_2(experts)),
-        CHUNK=chunk,
+        CHUNK=min(_CHUNK, max(32, triton.next_power_of_2(pairs))),
         PDL=pdl,
-        num_warps=min(_MOST_WARPS, max(4, chunk // _FEWEST_A_WARP)),
+        num_warps=4,
         **_launch(pdl),
     )
 

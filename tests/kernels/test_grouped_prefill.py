@@ -59,7 +59,7 @@ def described(element, dtype, block, swizzle):
     ("form", "fmt", "activation", "config"),
     [
         ("bf16", NVFP4, "silu", moe.default_config(1024, 8, 256, 2048).first),
-        ("e4m3", MXFP4, "", moe.default_config(2048, 8, 256, 2048, fp8=True).second),
+        ("e4m3", MXFP4, "", moe.default_config(4096, 8, 256, 2048, fp8=True).second),
     ],
     ids=["gate_up", "down"],
 )

@@ -98,11 +98,11 @@ def test_a_bias_lies_as_the_rows_of_its_weight():
 
 
 def test_blocks_are_as_wide_as_most_experts_need():
-    blocks = {1: 8, 8: 8, 64: 8, 96: 8, 97: 16, 256: 16, 384: 16, 385: 64, 1280: 64, 1281: 128, 2048: 128}
+    blocks = {1: 8, 8: 8, 64: 8, 96: 8, 97: 16, 256: 16, 384: 16, 385: 64, 2560: 64, 2561: 128}
     assert {m: moe.default_config(m, 8, 256, 128).block for m in blocks} == blocks
-    blocks = {1: 8, 8: 8, 12: 8, 13: 16, 48: 16, 49: 64, 161: 128}
+    blocks = {1: 8, 8: 8, 12: 8, 13: 16, 48: 16, 49: 64, 320: 64, 321: 128}
     assert {m: moe.default_config(m, 2, 8, 128).block for m in blocks} == blocks
-    blocks = {1: 16, 384: 16, 385: 32, 768: 32, 769: 64, 1280: 64, 1281: 128}
+    blocks = {1: 16, 384: 16, 385: 32, 768: 32, 769: 64, 2560: 64, 2561: 128}
     assert {m: moe.default_config(m, 8, 256, 128, fp8=True).block for m in blocks} == blocks
 
 
@@ -112,6 +112,20 @@ def test_warps_share_k_where_it_is_long_and_have_all_of_it_where_it_is_short():
     assert moe.default_config(64, 8, 256, 768).second.split is None
     for m, intermediate, block in ((256, 64, 16), (256, 256, 16), (64, 256, 8), (64, 512, 8)):
         assert moe.default_config(m, 8, 256, intermediate).second == ShortConfig(block)
+
+
+def test_few_ctas_have_more_warps_and_more_on_the_way():
+    deep = GroupedConfig(8, warps=8, depth=2)
+    for m, intermediate, first in ((1, 256, deep), (4, 256, deep), (5, 256, None), (1, 1024, deep), (1, 2048, None)):
+        assert moe.default_config(m, 8, 256, intermediate).first == (first or GroupedConfig(8, ahead=True))
+
+
+def test_a_short_k_of_wide_blocks_has_more_ctas():
+    ctas = {512: (2, 4), 513: (2, 2), 2048: (2, 2)}
+    for intermediate, want in ctas.items():
+        config = moe.default_config(1024, 8, 256, intermediate, fp8=True)
+        assert (config.first.ctas, config.second.ctas) == want
+    assert moe.default_config(1024, 8, 256, 512).second.ctas == 3
 
 
 def routed(kind, m, topk, experts):
