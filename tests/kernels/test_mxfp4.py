@@ -110,6 +110,12 @@ def test_what_is_no_number_is_a_nan_of_its_block_alone(hadamard):
             assert_same(x, ScaleRule.FLOOR, hadamard, lane)
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_rotations_are_orthonormal_to_the_last_bit(size):
+    bits = np.float32(size**-0.5).view(np.uint32)
+    assert f"0f{bits:08x};" in kernel._rotated(size)
+
+
 def test_blocks_of_zeros_keep_their_signs():
     x = torch.zeros(16, 64, dtype=torch.bfloat16)
     x[:, 1::3] = -0.0
