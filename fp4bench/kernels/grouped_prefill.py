@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from fp4bench.kernels.experts import PreparedExperts
 from fp4bench.kernels.grouped import _activated, activation_arguments, padded
-from fp4bench.kernels.prefill import _SHARED_BYTES, PrefillConfig, _descriptor, _powers, _sms, _words_layout
+from fp4bench.kernels.prefill import _SHARED_BYTES, PrefillConfig, _descriptor, _powers, _release, _sms, _words_layout
 from fp4bench.kernels.routing import BLOCK_FIELDS, most_blocks
 from fp4bench.kernels.unpack import assembly
 from fp4bench.kernels.weights import TILE_N, UNIT_K
@@ -290,12 +290,6 @@ def _to_be_added_to(sums, MORE: gl.constexpr):
         return (hopper.warpgroup_mma_init(sums[0]), hopper.warpgroup_mma_init(sums[1]))
     else:
         return (hopper.warpgroup_mma_init(sums[0]),)
-
-
-@gluon.jit
-def _release(barriers, count, STAGES: gl.constexpr):
-    full, empty = barriers
-    mbarrier.arrive(empty.index(count % STAGES), count=1)
 
 
 @gluon.jit
