@@ -202,12 +202,19 @@ def _gather(  # type: ignore[no-untyped-def]
     position = tl.program_id(0)
     # Positions of choices that were left out hold anything: no row that is read must lie outside.
     token = tl.minimum(tl.maximum(tl.load(positions + position) // topk, 0), m - 1)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    value = tl.load(rows + token.to(tl.int64) * stride + column, mask=column < k, other=0)
-    # Columns of 32 are lane t's pair h of word j, the even or the odd one of a pair (e): read as they stand, 16 bytes a thread.
-    value = tl.reshape(value, (COLUMNS // 32, 4, 2, 2, 2))
-    value = tl.permute(value, (0, 2, 1, 4, 3) if BYTES else (0, 2, 3, 1, 4))
-    tl.store(out + position.to(tl.int64) * out_stride + column, tl.reshape(value, (COLUMNS,)), mask=column < k_out)
+    place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    # Columns of 32 are lane t's pair h of word j, the even or the odd one of a pair (e).
+    if BYTES:
+        # Each read where it stands. Not read 16 at a time and permuted as below: of bytes, which the lanes then exchange by
+        # shuffles, Triton 3.6 swaps e and h twice (seen in its PTX, and in wrong results on an H200).
+        j, sixteenth = place % 32 // 16, place % 16
+        column = place // 32 * 32 + 8 * (sixteenth // 4) + 4 * j + 2 * (sixteenth % 2) + sixteenth // 2 % 2
+        value = tl.load(rows + token.to(tl.int64) * stride + column, mask=column < k, other=0)
+    else:
+        value = tl.load(rows + token.to(tl.int64) * stride + place, mask=place < k, other=0)
+        value = tl.permute(tl.reshape(value, (COLUMNS // 32, 4, 2, 2, 2)), (0, 2, 3, 1, 4))
+        value = tl.reshape(value, (COLUMNS,))
+    tl.store(out + position.to(tl.int64) * out_stride + place, value, mask=place < k_out)
     if HAS_SCALES:
         if tl.program_id(1) == 0:
             tl.store(out_scales + position, tl.load(scales + token))

@@ -11,6 +11,8 @@ import torch
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 from fp4bench.kernels import routing  # noqa: E402
+from fp4bench.kernels.experts import COLUMNS  # noqa: E402
+from fp4bench.kernels.weights import E4M3_ORDER  # noqa: E402
 
 
 def test_interpreted_each_expert_gets_its_pairs_in_order():
@@ -67,3 +69,18 @@ def test_a_gpu_orders_as_torch_does(m, topk, experts, pdl):
     used = blocks[blocks[:, 2] > 0].long()
     assert torch.equal(torch.zeros_like(counts).index_add(0, used[:, 0], used[:, 2]), counts)
     assert torch.equal(used[:, 1], used[:, 2].cumsum(0) - used[:, 2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("k", [7168, 2880, 130])
+def test_a_gpu_gathers_as_torch_does(k, dtype):
+    rows = torch.randn(5, k, generator=torch.Generator().manual_seed(k)).to(dtype).cuda()
+    positions = torch.randperm(10, generator=torch.Generator().manual_seed(1), dtype=torch.int32).cuda()
+    out = torch.full((10, k + -k % 64), 7.0, device="cuda").to(dtype)
+    routing.gather(rows, positions, 2, out)
+    tokens = torch.nn.functional.pad(rows.float()[positions.long() // 2], (0, -k % 64))
+    want = tokens.unflatten(1, (-1, 32))[..., torch.tensor(COLUMNS, device="cuda")]
+    if dtype is torch.float8_e4m3fn:
+        want = want.unflatten(2, (2, 16))[..., torch.tensor(E4M3_ORDER, device="cuda")].flatten(2)
+    assert torch.equal(out.float(), want.flatten(1))
