@@ -102,8 +102,9 @@ class Workspace:
 
 
 # The most pairs an expert, on average, for which wgmma multiplies blocks of so many columns. Blocks of 128 do not pay at 64
-# pairs: DeepSeek-R1 at m = 2048 in w4a16 3889 us in blocks of 64, 4316 in blocks of 128; in w4a8 2837 and 2813, gpt-oss-120b
-# 889 and 926. These figures and those below: NVIDIA H200, baselines/NVIDIA-H200/moe/2026-11-27_launches.jsonl.
+# pairs: both products of DeepSeek-R1 at m = 2048 in w4a16 3708 us in blocks of 64, 4151 in blocks of 128; in w4a8 2636 and
+# 2624, of gpt-oss-120b 805 and 843. These figures and those below: NVIDIA H200,
+# baselines/NVIDIA-H200/moe/2026-11-27_launches.jsonl.
 _MEAN_OF_WIDE = ((80, 64), (float("inf"), 128))
 _MEAN_OF_WIDE_FP8 = ((12, 16), (24, 32), *_MEAN_OF_WIDE)
 
