@@ -10,7 +10,16 @@ import torch
 
 from fp4bench.devices import Device
 from fp4bench.timing.clock import Call, Measurement
-from fp4bench.timing.graphs import GraphMemory, Reading, TimedGraph, copies_needed, kernels_of, must_flush, stamps_available
+from fp4bench.timing.graphs import (
+    GraphMemory,
+    Reading,
+    TimedGraph,
+    copies_needed,
+    is_chain,
+    kernels_of,
+    must_flush,
+    stamps_available,
+)
 from fp4bench.timing.pacing import Pace, take
 from fp4bench.timing.steadiness import Steadiness
 
@@ -29,8 +38,8 @@ class CudaClock:
     """Device time of calls that are captured in a CUDA graph.
 
     Several calls fill a sample. They work on copies of the operands that exceed the L2 together, or, where they are too small
-    for that, the L2 is overwritten before each call. A warm clock does neither. Paced samples that were taken while launches
-    cost something else than usual are taken anew (`steadiness`).
+    for that, the L2 is overwritten before each call. A warm clock does neither. Paced samples of a chain of kernels that were
+    taken while launches cost something else than usual are taken anew (`steadiness`).
 
     memory: the pool that its graphs share, or None for one of their own.
     """
@@ -100,9 +109,10 @@ class CudaClock:
                 raise RuntimeError(f"a delay of {delay * 1e6:.1f} us was asked for, and less was spent: this drills nothing")
             return readings, gap, graph.calls
 
-        (readings, gap, timed), retaken = self._steadiness.under(sampled) if self._steadiness else (sampled(), 0)
-        l2 = "warm" if self._warm else "cold" if flush is None else "cold_flush"
         kernels = kernels_of(calls[0], self._memory)
+        guard = self._steadiness if is_chain(kernels) else None
+        (readings, gap, timed), retaken = guard.under(sampled) if guard else (sampled(), 0)
+        l2 = "warm" if self._warm else "cold" if flush is None else "cold_flush"
         found = self._measurement(readings, timed, l2)
         return replace(found, copies=len(calls), gap_seconds=gap, kernels=kernels, retaken=retaken)
 

@@ -180,6 +180,7 @@ def _stamps(pairs: int, device: Device) -> Any:
 
 # A graph of more kernels than this is named by their number and a hash: eager code would fill a record with names.
 _MOST_NAMES = 8
+_SUMMARY = " kernels, sha256 "
 
 
 def kernels_of(call: Call, memory: GraphMemory | None = None) -> tuple[str, ...] | None:
@@ -199,7 +200,12 @@ def kernels_of(call: Call, memory: GraphMemory | None = None) -> tuple[str, ...]
     if len(names) <= _MOST_NAMES:
         return tuple(names)
     digest = sha256("\n".join(sorted(names)).encode()).hexdigest()[:12]
-    return (f"{len(names)} kernels, sha256 {digest}",)
+    return (f"{len(names)}{_SUMMARY}{digest}",)
+
+
+def is_chain(kernels: tuple[str, ...] | None) -> bool:
+    """Whether a call is so many kernels that `kernels_of` does not name them, or may be."""
+    return kernels is None or any(_SUMMARY in kernel for kernel in kernels)
 
 
 def _kernel(driver: Any, node: Any) -> str | None:

@@ -4,6 +4,10 @@ On NVIDIA H200s the kernels of a graph follow each other 0.17 to 0.4 us faster n
 once, and 24.05 before and after. Of 32 accepted runs 11 hold one or two neighbouring cases, chains of dozens of small kernels,
 that were 1 to 22 % faster than in all other runs. Their samples agree with each other, so nothing but such a look tells, and
 they are taken anew. What brings that state is not known.
+
+Only chains are looked at. Around single kernels looks differed too, for a reason that is not known: of 54 products of the
+provider `triton` on an H200 51 were taken anew, at 1.0 to 1.5 s a case instead of the 0.3 to 0.8 of other libraries
+(`baselines/NVIDIA-H200/kernels/20261127T173447-llama3.3-70b.jsonl`).
 """
 
 import time

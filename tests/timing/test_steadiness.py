@@ -101,6 +101,15 @@ def test_looks_at_a_gpu_repeat():
     assert looks[37] / looks[12] < 1.02
 
 
+def test_calls_of_many_kernels_are_chains():
+    from fp4bench.timing.graphs import is_chain
+
+    assert is_chain(("49 kernels, sha256 0123456789ab",))
+    assert is_chain(None)  # without the CUDA bindings nobody knows
+    assert not is_chain(("gemm(132,1,1)x(384,1,1)",))
+    assert not is_chain(tuple(f"kernel{i}(1,1,1)x(32,1,1)" for i in range(8)))
+
+
 @pytest.mark.gpu
 def test_a_gpu_clock_takes_samples_anew_where_a_look_is_off(monkeypatch):
     import torch
@@ -109,6 +118,11 @@ def test_a_gpu_clock_takes_samples_anew_where_a_look_is_off(monkeypatch):
 
     clock = clock_for(find_device("cuda"))
     x = torch.zeros(1 << 20, device="cuda")
+
+    def chain():
+        for _ in range(10):
+            x.add_(1.0)
+
     assert clock._steadiness is not None
 
     def scaled(seen, share):
@@ -116,6 +130,6 @@ def test_a_gpu_clock_takes_samples_anew_where_a_look_is_off(monkeypatch):
 
     look, looks = clock._steadiness._look, iter(range(1000))
     monkeypatch.setattr(clock._steadiness, "_look", lambda: scaled(look(), 0.85 if next(looks) == 1 else 1.0))
-    measured = clock.measure([lambda: x.add_(1.0)], x.nbytes)
-    assert measured.retaken >= 1
+    assert clock.measure([lambda: x.add_(1.0)], x.nbytes).retaken == 0
+    assert clock.measure([chain], x.nbytes).retaken >= 1
     assert clock_for(find_device("cuda"), "sustained")._steadiness is None
