@@ -22,8 +22,8 @@ def decode_s0e5m3(scales):
     return torch.where(bits == 0, 0.0, torch.exp2((bits >> 3) - 15.0) * (1 + (bits & 7) / 8))
 
 
-def weights(b_q_weight, b_scales, global_scale):
-    """The values of (n, k) weights, float64."""
+def weights(b_q_weight, b_scales, global_scale, dtype=torch.bfloat16):
+    """The values of (n, k) weights, float64, as a kernel for activations of this dtype reads them."""
     scales = in_row_order(b_scales.view(torch.uint8))
     if global_scale is None:
         assert b_scales.dtype == torch.float8_e8m0fnu
@@ -31,8 +31,9 @@ def weights(b_q_weight, b_scales, global_scale):
     else:
         assert b_scales.dtype == torch.float8_e4m3fn
         assert global_scale.shape == (1,)
-        # E2M1 and the scale are read as bfloat16 with their own exponents: 2**-126 and 2**7 too much.
-        values = decode_s0e5m3(scales).double() * 2.0**-126 * global_scale.double()
+        # E2M1 is read as bfloat16 or float16 with its own exponent, 2**-126 or 2**-14 too small; the scale is 2**7 too large.
+        small = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-14}[dtype]
+        values = decode_s0e5m3(scales).double() * small * global_scale.double()
     codes = e2m1.unpack(b_q_weight.T.contiguous().view(torch.uint8))
     return e2m1.decode(codes).double() * values.T.repeat_interleave(codes.shape[1] // len(values), dim=1)
 

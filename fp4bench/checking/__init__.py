@@ -54,34 +54,36 @@ def _gemm_checker(problem: GemmProblem, inputs: GemmInputs, rule: ScaleRule | No
     want, spread = x @ w.T, (x.square() @ w.square().T).sqrt()
     # A sum that cancels to 0 leaves float64's own roundings of decoded NVFP4 values.
     want = torch.where(want.abs() < 2.0**-40 * spread, 0.0, want)
-    bound = _rounding_bound(problem.k, accumulation, want, spread)
+    bound = _rounding_bound(problem.k, accumulation, want, spread, problem.mode.dtype)
     if problem.mode.quantizes and isinstance(quantized, RowQuantized):
         steps = tie_steps(inputs.x, quantized)[rows]
         tied = steps.any(dim=1)
         bound[tied] += steps[tied] @ w.abs().T
 
     def check(out: torch.Tensor) -> Agreement:
-        check_shape(out, (problem.m, problem.n))
+        check_shape(out, (problem.m, problem.n), problem.mode.dtype)
         return compare(out, rows, want, bound)
 
     return check
 
 
-def _rounding_bound(k: int, accumulation: Accumulation, want: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+def _rounding_bound(
+    k: int, accumulation: Accumulation, want: torch.Tensor, spread: torch.Tensor, stored: torch.dtype
+) -> torch.Tensor:
     """How far from the reference right hardware may be, by element; `spread` is the root of the sum of k squared terms."""
     # Products of decoded operands are exact in float32. An addition to a partial sum s errs by at most u |s|, and the errors of
     # many behave like a random walk (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019); so do the partial sums of our random
-    # inputs, which stay within 6 times the spread. Hence 6 u sqrt(additions) * 6 spread, and for the store bfloat16's unit
-    # roundoff, 2**-8.
+    # inputs, which stay within 6 times the spread. Hence 6 u sqrt(additions) * 6 spread, and for the store the unit roundoff of
+    # its dtype: 2**-8 of bfloat16, 2**-11 of float16.
     additions = max(1.0, k / accumulation.terms)
     summation = 36 * 2.0**-accumulation.bits * additions**0.5 * spread
-    return summation + 2.0**-8 * (want.abs() + summation)
+    return summation + torch.finfo(stored).eps / 2 * (want.abs() + summation)
 
 
 def _operand(problem: GemmProblem, element: str, tensor: torch.Tensor, rule: ScaleRule | None) -> Operand:
     if element == "fp8":
         return quantize_fp8_rows(tensor)
-    if element == "bf16":
+    if element in ("bf16", "fp16"):
         return tensor
     assert problem.format is not None
     return quantize(tensor, problem.format, rule=rule, hadamard=problem.hadamard)

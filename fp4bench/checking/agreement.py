@@ -49,10 +49,10 @@ def compare(out: torch.Tensor, rows: torch.Tensor, want: torch.Tensor, bound: to
     return Agreement(error.item(), torch.equal(got, want.to(out.dtype).double()), len(rows))
 
 
-def check_shape(out: torch.Tensor, shape: tuple[int, int]) -> None:
-    """Refuse an output that is not bfloat16 of this shape."""
-    if out.shape != shape or out.dtype != torch.bfloat16:
-        raise WrongResultError(f"output is {out.dtype} {tuple(out.shape)}, not {torch.bfloat16} {shape}")
+def check_shape(out: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Refuse an output that is not of this shape and dtype."""
+    if out.shape != shape or out.dtype != dtype:
+        raise WrongResultError(f"output is {out.dtype} {tuple(out.shape)}, not {dtype} {shape}")
 
 
 def refuse(bad: torch.Tensor, message: str, describe: Callable[[tuple[int, ...]], str]) -> None:

@@ -12,7 +12,7 @@ from fp4bench.problems.operands import fp4_bytes, join_case_id, normal
 
 @dataclass(frozen=True)
 class GemmInputs:
-    """x bfloat16 (m, k) and w bfloat16 (n, k), before any quantization."""
+    """x (m, k) in the mode's dtype and w bfloat16 (n, k), before any quantization."""
 
     x: torch.Tensor
     w: torch.Tensor
@@ -60,7 +60,7 @@ class GemmProblem:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Problems of one operation and shape have the same inputs."""
+        """Problems of one operation, shape and mode's dtype have the same inputs."""
         return self.m, self.n, self.k
 
     @property
@@ -77,14 +77,15 @@ class GemmProblem:
 
     def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> GemmInputs:
         """Normal values from `seed`; w is scaled by k**-0.5 so that outputs stay near 1. Devices draw different values."""
-        return GemmInputs(normal(self.m, self.k, device, 2 * seed), normal(self.n, self.k, device, 2 * seed + 1) * self.k**-0.5)
+        x = normal(self.m, self.k, device, 2 * seed).to(self.mode.dtype)
+        return GemmInputs(x, normal(self.n, self.k, device, 2 * seed + 1) * self.k**-0.5)
 
     def copy(self, inputs: GemmInputs, number: int) -> GemmInputs:
         """Inputs of the same work elsewhere in memory; those of a GEMM have the same values."""
         return inputs.clone()
 
     def _operand_bytes(self, rows: int, element: str) -> int:
-        if element == "bf16":
+        if element in ("bf16", "fp16"):
             return 2 * rows * self.k
         if element == "fp8":
             return rows * self.k + 4 * rows  # one float32 scale a row

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Accumulation:
@@ -31,12 +33,17 @@ class Mode:
 
     name: str
     weights: str  # "fp4", "fp8" or "bf16"
-    activations: str
+    activations: str  # or "fp16"
     quantizes: bool = False
     accumulation: Accumulation = FLOAT32_SUMS
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of x before any quantization, and of the output."""
+        return torch.float16 if self.activations == "fp16" else torch.bfloat16
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A mode of `MODES` is the same object in every process, so that `is` holds in workers too."""
@@ -47,10 +54,11 @@ W4A4 = Mode("w4a4", "fp4", "fp4", quantizes=True)
 W4A4_NOQUANT = Mode("w4a4_noquant", "fp4", "fp4")
 W4A8 = Mode("w4a8", "fp4", "fp8", quantizes=True, accumulation=FP8_SUMS)
 W4A16 = Mode("w4a16", "fp4", "bf16")
+W4A16_FP16 = Mode("w4a16_fp16", "fp4", "fp16")
 BF16 = Mode("bf16", "bf16", "bf16")
 FP8 = Mode("fp8", "fp8", "fp8", accumulation=FP8_SUMS)
 
-MODES = {mode.name: mode for mode in (BF16, FP8, W4A16, W4A8, W4A4, W4A4_NOQUANT)}
+MODES = {mode.name: mode for mode in (BF16, FP8, W4A16, W4A16_FP16, W4A8, W4A4, W4A4_NOQUANT)}
 
 
 def _mode(name: str) -> Mode:

@@ -64,7 +64,7 @@ class MoeProblem:
             raise ValueError(f"{self}: mode {self.mode} {'needs' if self.fp8 is None else 'has no'} FP8 scaling")
         if self.mode.activations != "bf16" and self.mode.weights == "fp4" and not self.mode.quantizes:
             raise ValueError(
-                f"{self}: a MoE layer has no mode {self.mode}, for what is between its products is quantized inside"
+                f"{self}: a MoE layer has no mode {self.mode}: it begins and ends in bfloat16, and is quantized inside"
             )
 
     def case_id(self, provider: str = "") -> str:

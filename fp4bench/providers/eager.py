@@ -22,7 +22,7 @@ class EagerProvider:
     name = "eager"
     version = __version__
     ops = ("quantize", "gemm", "moe")
-    modes = ("w4a16", "w4a8", "w4a4", "w4a4_noquant")
+    modes = ("w4a16", "w4a16_fp16", "w4a8", "w4a4", "w4a4_noquant")
     moe_modes = ("w4a16", "w4a8", "w4a4")
     rules = {name: fmt.rules for name, fmt in FORMATS.items()}
 
@@ -42,9 +42,9 @@ def _gemm(problem: GemmProblem, inputs: GemmInputs) -> Runner:
     w = quantize(inputs.w, problem.format, hadamard=problem.hadamard)
     activations = _activation_quantizer(problem)
     if problem.mode.quantizes:
-        return lambda: _matmul(activations(inputs.x), w)
+        return lambda: _matmul(activations(inputs.x), w, inputs.x.dtype)
     x = activations(inputs.x)
-    return lambda: _matmul(x, w)
+    return lambda: _matmul(x, w, inputs.x.dtype)
 
 
 def _activation_quantizer(problem: GemmProblem) -> Callable[[torch.Tensor], Operand]:
@@ -55,8 +55,8 @@ def _activation_quantizer(problem: GemmProblem) -> Callable[[torch.Tensor], Oper
     return quantize_fp8_rows if problem.mode.activations == "fp8" else torch.Tensor.float
 
 
-def _matmul(x: Operand, w: Operand) -> torch.Tensor:
-    return (_decoded(x) @ _decoded(w).T).to(torch.bfloat16)
+def _matmul(x: Operand, w: Operand, dtype: torch.dtype) -> torch.Tensor:
+    return (_decoded(x) @ _decoded(w).T).to(dtype)
 
 
 def _decoded(operand: Operand) -> torch.Tensor:

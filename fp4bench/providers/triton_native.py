@@ -8,7 +8,17 @@ import torch
 
 from fp4bench.devices import Device, find_device
 from fp4bench.formats import FORMATS, ScaleRule
-from fp4bench.problems import Accumulation, GemmInputs, GemmProblem, MoeProblem, Problem, QuantizeProblem
+from fp4bench.problems import (
+    W4A16,
+    W4A16_FP16,
+    Accumulation,
+    GemmInputs,
+    GemmProblem,
+    Mode,
+    MoeProblem,
+    Problem,
+    QuantizeProblem,
+)
 from fp4bench.providers import Runner, import_optional, installed_version, triton_moe
 from fp4bench.quantize import quantize
 
@@ -29,7 +39,7 @@ class TritonProvider:
 
     name = "triton"
     ops = ("quantize", "gemm", "moe")
-    modes = ("w4a16", "w4a8", "w4a4", "w4a4_noquant")
+    modes = ("w4a16", "w4a16_fp16", "w4a8", "w4a4", "w4a4_noquant")
     moe_modes = triton_moe.MODES
     # Its kernels take a block's scale from the largest magnitude alone.
     rules: Mapping[str, tuple[ScaleRule, ...]] = {
@@ -57,7 +67,7 @@ class TritonProvider:
         from fp4bench.kernels import gemm
 
         assert problem.format is not None
-        return gemm.accumulation(problem.mode, problem.format, problem.m, device)
+        return gemm.accumulation(_mode(problem), problem.format, problem.m, device)
 
     def prepare(self, problem: Problem, inputs: Any) -> Runner:
         """The runner writes to one output, the same on each call."""
@@ -73,18 +83,23 @@ class TritonProvider:
         from fp4bench.kernels import gemm
 
         assert problem.format is not None
-        reason = gemm.why_not(problem.mode, problem.format, problem.m, problem.k, problem.hadamard, device)
-        decodes = problem.mode.name == "w4a16" and problem.m <= _DECODE_ROWS
+        reason = gemm.why_not(_mode(problem), problem.format, problem.m, problem.k, problem.hadamard, device)
+        decodes = _mode(problem) is W4A16 and problem.m <= _DECODE_ROWS
         if reason or decodes or device.capability != _HOPPER or str(self.version).startswith(_GLUON):
             return reason
         return f"its wgmma kernel needs Triton 3.6, and {self.version} is installed"
+
+
+def _mode(problem: GemmProblem) -> Mode:
+    """As the kernels know it: theirs follows x, which is bfloat16 or float16."""
+    return W4A16 if problem.mode is W4A16_FP16 else problem.mode
 
 
 def _product(problem: GemmProblem, inputs: GemmInputs, pdl: bool) -> Runner:
     from fp4bench.kernels import gemm
 
     assert problem.format is not None
-    mode, x = problem.mode, inputs.x
+    mode, x = _mode(problem), inputs.x
     device = find_device(str(x.device))
     weight = gemm.lay_out(quantize(inputs.w, problem.format, hadamard=problem.hadamard), mode, device)
     operand = x if mode.quantizes or mode.activations == "bf16" else gemm.activations(x, weight, mode)

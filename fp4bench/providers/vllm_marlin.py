@@ -1,4 +1,5 @@
-"""vLLM's Marlin: FP4 weights times bfloat16 activations, decoded in registers, on GPUs from Ampere on; MoE layers too.
+"""vLLM's Marlin: FP4 weights times bfloat16 activations, decoded in registers, on GPUs from Ampere on; MoE layers too. NVFP4
+weights times float16 activations from Turing on.
 
 Weights are quantized by this package's rules (Marlin takes any scales) and laid out once (`marlin_layout`), as vLLM 0.26.0 has
 it in `prepare_fp4_layer_for_marlin`; the call is the operator of its `apply_fp4_marlin_linear`, with its defaults: sums in
@@ -12,7 +13,7 @@ import torch
 
 from fp4bench.devices import Device
 from fp4bench.formats import MXFP4, NVFP4, ScaleRule
-from fp4bench.problems import GemmProblem, MoeProblem, Problem
+from fp4bench.problems import W4A16_FP16, GemmProblem, MoeProblem, Problem
 from fp4bench.providers import Runner, marlin_layout, vllm_ops
 from fp4bench.providers.vllm_marlin_moe import prepare_moe, why_not_moe
 from fp4bench.quantize import quantize
@@ -25,20 +26,26 @@ class VllmMarlinProvider:
 
     name = "vllm_marlin"
     ops = ("gemm", "moe")
-    modes = ("w4a16",)
+    modes = ("w4a16", "w4a16_fp16")
+    moe_modes = ("w4a16",)
     rules: Mapping[str, tuple[ScaleRule, ...]] = {MXFP4.name: (ScaleRule.FLOOR,), NVFP4.name: (ScaleRule.TWO_LEVEL,)}
 
     def __init__(self) -> None:
         self.version = vllm_ops.MAIN.version()
 
     def why_not(self, problem: Problem, device: Device) -> str | None:
-        if device.capability is None or device.capability < (8, 0):
-            return f"Marlin needs a CUDA GPU of compute capability 8.0 or later for bfloat16, which {device.name} is not"
+        half = isinstance(problem, GemmProblem) and problem.mode is W4A16_FP16
+        dtype, oldest = ("float16", (7, 5)) if half else ("bfloat16", (8, 0))
+        if device.capability is None or device.capability < oldest:
+            needed = "{}.{}".format(*oldest)
+            return f"Marlin needs a CUDA GPU of compute capability {needed} or later for {dtype}, which {device.name} is not"
         if reason := vllm_ops.MAIN.why_not(device.capability, _GEMM, marlin_layout.REPACK):
             return reason
         if isinstance(problem, MoeProblem):
             return why_not_moe(problem, device.capability)
         assert isinstance(problem, GemmProblem)
+        if half and problem.format is MXFP4:
+            return "Marlin has no MXFP4 weights beside float16 activations"
         if not marlin_layout.fits(problem.n, problem.k):
             return (
                 "Marlin takes n that is a multiple of 64 and k of 128, or n of 128 and k of 64, "
@@ -52,7 +59,7 @@ class VllmMarlinProvider:
         if isinstance(problem, MoeProblem):
             return prepare_moe(problem, inputs, rule)
         w = quantize(inputs.w, fmt, rule=rule)
-        scales, tensor_scale = marlin_layout.marlin_scales(w)
+        scales, tensor_scale = marlin_layout.marlin_scales(w, inputs.x.dtype)
         gemm = vllm_ops.MAIN.operator(*_GEMM)
         device = inputs.x.device
         given = {

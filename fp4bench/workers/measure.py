@@ -14,7 +14,7 @@ from fp4bench.cases import Case
 from fp4bench.checking import Agreement, checker
 from fp4bench.devices import find_device
 from fp4bench.evidence.record import make_record
-from fp4bench.problems import MoeProblem
+from fp4bench.problems import GemmProblem, MoeProblem
 from fp4bench.timing.canaries import Canary, canaries, canary_clock, ceilings, read
 from fp4bench.timing.clock import Call, Measurement, clock_for
 from fp4bench.timing.graphs import GraphMemory, no_stamps
@@ -139,7 +139,8 @@ class Measurer:
 
     def _inputs_of(self, case: Case, copies: int) -> list[Any]:
         """The case's inputs, several times. On a CPU, where drawing takes long, cases of one shape share them."""
-        key = (case.problem.op, case.problem.shape)
+        dtype = case.problem.mode.dtype if isinstance(case.problem, GemmProblem) else None
+        key = (case.problem.op, case.problem.shape, dtype)
         if self._inputs[0] != key or self._device.is_cuda:
             self._inputs = (None, [])  # frees the old ones first
             self._inputs = (key, [case.problem.inputs(self._device.torch_name)])

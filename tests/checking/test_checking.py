@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from fp4bench import checking
 from fp4bench.checking import Agreement, WrongResultError, check
 from fp4bench.formats import FORMATS, MXFP4, NVFP4, ScaleRule, e2m1
-from fp4bench.problems import BF16, FP8, FP8_SUMS, W4A4, W4A4_NOQUANT, W4A8, W4A16, GemmInputs, GemmProblem, QuantizeProblem
+from fp4bench.problems import (
+    BF16,
+    FP8,
+    FP8_SUMS,
+    W4A4,
+    W4A4_NOQUANT,
+    W4A8,
+    W4A16,
+    W4A16_FP16,
+    GemmInputs,
+    GemmProblem,
+    QuantizeProblem,
+)
 from fp4bench.quantize import Quantized, quantize, quantize_fp8_rows
 from fp4bench.reference import quantize_by_formula, values
 
@@ -56,6 +68,18 @@ def test_right_output_agrees(problem):
     agreement = check(problem, inputs, None, right_output(problem, inputs))
     assert 0 < agreement.error < 2**-8  # the store to bfloat16
     assert agreement.rows == M
+
+
+def test_a_product_of_float16_has_three_more_bits():
+    problem = gemm_problem(W4A16_FP16, NVFP4)
+    inputs = problem.inputs()
+    out = inputs.x.float() @ operand(problem, "fp4", inputs.w).T
+    assert inputs.x.dtype == torch.float16
+    assert 0 < check(problem, inputs, None, out.half()).error < 2**-11
+    with pytest.raises(WrongResultError, match="output is wrong"):
+        check(problem, inputs, None, out.bfloat16().half())
+    with pytest.raises(WrongResultError, match=r"^output is torch.bfloat16 \(48, 40\), not torch.float16 \(48, 40\)$"):
+        check(problem, inputs, None, out.bfloat16())
 
 
 @pytest.mark.parametrize("hadamard", [None, 64])

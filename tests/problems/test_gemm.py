@@ -19,6 +19,7 @@ from fp4bench.problems import (
     W4A4_NOQUANT,
     W4A8,
     W4A16,
+    W4A16_FP16,
     GemmProblem,
     QuantizeProblem,
     fp4_bytes,
@@ -54,7 +55,7 @@ def test_case_id(problem, provider, case_id):
 
 def test_modes_are_known_by_name():
     assert {name: str(mode) for name, mode in MODES.items()} == {name: name for name in MODES}
-    assert set(MODES) == {"bf16", "fp8", "w4a16", "w4a8", "w4a4", "w4a4_noquant"}
+    assert set(MODES) == {"bf16", "fp8", "w4a16", "w4a16_fp16", "w4a8", "w4a4", "w4a4_noquant"}
 
 
 def test_case_ids_are_unique():
@@ -91,6 +92,7 @@ def test_flops_are_two_a_product():
         (FP8, None, 83_927_040 + 131_136 + 327_680),
         (W4A16, MXFP4, 44_564_480 + 262_144 + 327_680),
         (W4A16, NVFP4, 47_185_924 + 262_144 + 327_680),
+        (W4A16_FP16, NVFP4, 47_185_924 + 262_144 + 327_680),
         (W4A8, MXFP4, 44_564_480 + 262_144 + 327_680),
         (W4A8, NVFP4, 47_185_924 + 262_144 + 327_680),
         (W4A4, MXFP4, 44_564_480 + 262_144 + 327_680),

@@ -6,14 +6,16 @@ import torch
 from fp4bench.checking import check
 from fp4bench.devices import Device, find_device
 from fp4bench.formats import FORMATS, MXFP4
-from fp4bench.problems import W4A4, W4A4_NOQUANT, W4A8, W4A16, GemmProblem, QuantizeProblem
+from fp4bench.problems import W4A4, W4A4_NOQUANT, W4A8, W4A16, W4A16_FP16, GemmProblem, QuantizeProblem
 from fp4bench.providers.eager import EagerProvider
 from fp4bench.quantize import Quantized
 
 EAGER = EagerProvider()
 
 # A rotation is for modes that quantize both operands to FP4.
-VARIANTS = [(mode, None) for mode in (W4A16, W4A8)] + [(mode, had) for mode in (W4A4, W4A4_NOQUANT) for had in (None, 16, 64)]
+VARIANTS = [(mode, None) for mode in (W4A16, W4A16_FP16, W4A8)] + [
+    (mode, had) for mode in (W4A4, W4A4_NOQUANT) for had in (None, 16, 64)
+]
 
 
 @pytest.mark.parametrize("m", [1, 127, 129])
@@ -25,10 +27,10 @@ def test_gemm_is_right(mode, hadamard, fmt, m):
     inputs = problem.inputs()
     run = EAGER.prepare(problem, inputs)
     out = run()
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == (torch.float16 if mode is W4A16_FP16 else torch.bfloat16)
     agreement = check(problem, inputs, EAGER.rules[fmt.name][0], out)
     assert agreement.rows == m
-    assert agreement.error < 2**-8
+    assert agreement.error < (2**-11 if mode is W4A16_FP16 else 2**-8)
     if fmt is MXFP4 and mode in (W4A4, W4A4_NOQUANT):  # this provider rounds NVFP4's values to float32
         assert agreement.exact
     # The reference and this provider share the decoding: the product without any quantization is not far.

@@ -1,11 +1,12 @@
 """The provider of this package's own kernels. What it computes is in test_gemm_contract.py and tests/kernels."""
 
 import pytest
+import torch
 
 from fp4bench.cases import Case
 from fp4bench.devices import Device
 from fp4bench.formats import FORMATS, MXFP4, NVFP4, ScaleRule
-from fp4bench.problems import W4A4, W4A8, W4A16, GemmProblem, MoeProblem, QuantizeProblem
+from fp4bench.problems import W4A4, W4A8, W4A16, W4A16_FP16, GemmProblem, MoeProblem, QuantizeProblem
 from fp4bench.providers import triton_native, why_not
 from fp4bench.providers.triton_native import TritonProvider
 
@@ -23,6 +24,18 @@ def test_it_runs_on_hopper(m, format):
     provider = TritonProvider()
     provider.version = "3.6.0"
     assert why_not(provider, problem(m, format), H200) is None
+
+
+def test_float16_activations_go_to_the_same_kernels(monkeypatch):
+    from fp4bench.kernels import gemm
+
+    assert why_not(TritonProvider(), problem(mode=W4A16_FP16), H200) is None
+    seen = []
+    monkeypatch.setattr(triton_native, "find_device", lambda name: H200)
+    monkeypatch.setattr(gemm, "gemm", lambda x, weight, mode, **rest: seen.append((x.dtype, mode, rest["out"].dtype)))
+    half = problem(mode=W4A16_FP16)
+    TritonProvider().prepare(half, half.inputs())()
+    assert seen == [(torch.float16, W4A16, torch.float16)]
 
 
 def test_more_rows_than_decode_takes_need_the_gluon_that_their_kernel_is_written_for():

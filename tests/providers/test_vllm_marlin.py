@@ -9,7 +9,7 @@ from vllm_stand_in import MARLIN, operators
 from fp4bench.checking import WrongResultError, check
 from fp4bench.devices import Device
 from fp4bench.formats import MXFP4, NVFP4, ScaleRule
-from fp4bench.problems import W4A16, GemmInputs, GemmProblem
+from fp4bench.problems import W4A16, W4A16_FP16, GemmInputs, GemmProblem
 from fp4bench.providers import marlin_layout, providers, why_not
 from fp4bench.providers.marlin_layout import marlin_scales
 from fp4bench.providers.vllm_marlin import VllmMarlinProvider
@@ -21,8 +21,8 @@ H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 B200 = Device("cuda:0", "NVIDIA B200", (10, 0), 148, 126 << 20)
 
 
-def gemm(fmt=MXFP4, m=5, n=128, k=192):
-    return GemmProblem("tiny", "fc", 1, m, n, k, W4A16, fmt)
+def gemm(fmt=MXFP4, m=5, n=128, k=192, mode=W4A16):
+    return GemmProblem("tiny", "fc", 1, m, n, k, mode, fmt)
 
 
 def marlin(a, b_q_weight, b_scales, global_scale, workspace, b_type_id=None, b_q_type=None, **rest):
@@ -34,7 +34,7 @@ def marlin(a, b_q_weight, b_scales, global_scale, workspace, b_type_id=None, b_q
     assert workspace.dtype == torch.int32
     assert len(workspace) == 132
     assert not workspace.any()
-    w = weights(b_q_weight, b_scales, global_scale)
+    w = weights(b_q_weight, b_scales, global_scale, a.dtype)
     return (a.double() @ w.T).to(a.dtype)
 
 
@@ -48,10 +48,10 @@ def vllm(tmp_path, monkeypatch):
     return lambda version, **options: operators(MARLIN[version], BEHIND, "MAIN", monkeypatch, tmp_path, **options)
 
 
-@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
+@pytest.mark.parametrize(("fmt", "mode"), [(MXFP4, W4A16), (NVFP4, W4A16), (NVFP4, W4A16_FP16)], ids=str)
 @pytest.mark.parametrize("version", MARLIN)
-def test_every_version_gets_what_it_wants(version, fmt, vllm):
-    problem = gemm(fmt)
+def test_every_version_gets_what_it_wants(version, fmt, mode, vllm):
+    problem = gemm(fmt, mode=mode)
     inputs = problem.inputs()
     inputs = GemmInputs(inputs.x, inputs.w * 37)  # a tensor scale that is no power of two
     with vllm(version):
@@ -75,6 +75,16 @@ def test_a_kernel_with_another_order_of_scales_would_be_found(vllm, monkeypatch)
             check(problem, inputs, ScaleRule.FLOOR, run())
 
 
+def test_float16_has_its_own_bias(vllm, monkeypatch):
+    monkeypatch.setitem(marlin_layout._BIASES, torch.float16, 126)
+    problem = gemm(NVFP4, mode=W4A16_FP16)
+    inputs = problem.inputs()
+    with vllm("0.26.0"):
+        run = VllmMarlinProvider().prepare(problem, inputs)
+        with pytest.raises(WrongResultError, match="not finite"):
+            check(problem, inputs, ScaleRule.TWO_LEVEL, run())
+
+
 def nvfp4_weights(scales, tensor_scale):
     codes = torch.zeros(scales.shape[0], scales.shape[1] * 8, dtype=torch.uint8)
     return Quantized(codes, scales, torch.tensor(tensor_scale), NVFP4, ScaleRule.TWO_LEVEL, None, scales.shape[1] * 16)
@@ -96,6 +106,14 @@ def test_small_scales_are_moved_up_by_a_power_of_two():
     read, factor = marlin_scales(nvfp4_weights(scales, 5.0))
     assert decode_s0e5m3(in_row_order(read))[0, [4, 5]].tolist() == [448 * 2**7, 2**8]
     assert factor.item() == pytest.approx(2.0**109 / 5, rel=1e-7)
+
+
+def test_small_scales_stay_where_they_are_for_float16():
+    scales = torch.full((64, 1), 0.4375).to(torch.float8_e4m3fn)
+    scales[5] = 2.0**-9
+    read, factor = marlin_scales(nvfp4_weights(scales, 5.0), torch.float16)
+    assert decode_s0e5m3(in_row_order(read))[0, [4, 5]].tolist() == [56, 0]
+    assert factor.item() == pytest.approx(2.0**7 / 5, rel=1e-7)
 
 
 def test_scales_of_zero_alone_stay_zero():
@@ -125,6 +143,10 @@ def test_e8m0_scales_keep_every_byte():
     [
         (CPU, {}, "Marlin needs a CUDA GPU of compute capability 8.0 or later for bfloat16, which Some CPU is not"),
         (T4, {}, "Marlin needs a CUDA GPU of compute capability 8.0 or later for bfloat16, which Tesla T4 is not"),
+        (CPU, {"mode": W4A16_FP16, "fmt": NVFP4}, "compute capability 7.5 or later for float16, which Some CPU is not"),
+        (T4, {"mode": W4A16_FP16, "fmt": NVFP4}, None),
+        (H200, {"mode": W4A16_FP16, "fmt": NVFP4}, None),
+        (H200, {"mode": W4A16_FP16}, "Marlin has no MXFP4 weights beside float16 activations"),
         (H200, {}, None),
         (H200, {"m": 1}, None),
         (H200, {"n": 64, "k": 128}, None),
