@@ -6,8 +6,8 @@ Records hold only right outputs, each within the bound of its own mode. What may
   stand in for each other.
 - In the pool `any` of a format: all of its modes and rotations, and BF16 and FP8. They differ in accuracy, so the error stands
   beside them. It is that of the arithmetic against float64 on the operands as the mode quantizes them; what that quantization
-  costs a model is not in it, and is the user's to judge. w4a4_noquant is left out: its time lacks the quantization of the
-  activations, which the others either do or do not need.
+  costs a model is not in it, and is the user's to judge. Left out are w4a4_noquant, as its time lacks the quantization of the
+  activations, and w4a16_fp16, which answers in float16 where all others answer in bfloat16.
 
 MoE layers have pools of their own, a routing apart from another.
 """
@@ -27,7 +27,7 @@ from fp4bench.evidence.tables import markdown_table
 SCHEMA = 1
 
 _OPS = ("gemm", "moe")
-_PARTIAL = ("w4a4_noquant",)
+_APART = ("w4a4_noquant", "w4a16_fp16")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Pool:
     def holds(self, answer: Answer) -> bool:
         if self.answer:
             return answer == self.answer
-        of_format = answer.plain or (answer.format == self.format and answer.mode not in _PARTIAL)
+        of_format = answer.plain or (answer.format == self.format and answer.mode not in _APART)
         return of_format and (answer.op, answer.routing) == (self.op, self.routing)
 
 
