@@ -93,24 +93,7 @@ def _known_card(baseline: Baseline, case_id: str) -> str | None:
     return baseline.card if any(all(timing is not other for other in doubtful) for timing in own) else None
 
 
-_Runs = tuple[tuple[str, Timing], ...]  # session and timing
-
-
-def _steady(runs: _Runs, card: str | None) -> _Runs:
-    """The runs whose samples were taken anew where launches cost something else than usual, if they are enough by themselves.
-
-    Runs before 2026-11-27 do not say `retaken`: one in three of H200s holds a case that was faster for that alone, by up to
-    22 %, and while it counts the case is blind.
-    """
-    steady = tuple((session, timing) for session, timing in runs if timing.record.get("retaken") is not None)
-    cards = [card_of(session) for session, _ in steady]
-    enough = len(cards) - len(set(cards)) >= ENOUGH_FREEDOM and (card is None or cards.count(card) > 1)
-    return steady if enough else runs
-
-
-def _history(runs: _Runs, card: str | None) -> _History:
-    runs = _steady(runs, card)
-
+def _history(runs: tuple[tuple[str, Timing], ...], card: str | None) -> _History:
     def spread(values: Iterable[float]) -> Spread:
         cards: dict[str, list[float]] = {}
         for (session, _), value in zip(runs, values, strict=True):

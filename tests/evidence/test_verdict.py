@@ -206,16 +206,6 @@ def test_looks_that_scatter_more_than_was_known_raise_the_bar():
         assert verdicts["c1"].outcome is Outcome.REGRESSED
 
 
-@pytest.mark.parametrize(("steady", "sees"), [(3, False), (4, True)])
-def test_runs_that_could_not_tell_a_rare_state_count_until_enough_could(steady, sees):
-    def run(number, **changes):
-        return {c: timing(1e-4 * (1 + 1e-4 * ((7 * i + 3 * number) % 5)), **changes) for i, c in enumerate(CASES)}
-
-    lucky = run(0) | {CASES[0]: timing(0.85e-4)}
-    before = baseline(run(0), run(1), lucky, *(run(number, retaken=0) for number in range(steady)))
-    assert (detectable(before, STAMPS)[CASES[0]] < 0.02) is sees
-
-
 def test_the_interval_holds_the_change_and_the_mde_lies_beyond_the_floor():
     verdict = judged(timing(50 * US * 1.03))
     low, high = verdict.interval
