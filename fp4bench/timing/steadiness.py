@@ -3,7 +3,8 @@
 On NVIDIA H200s the kernels of a graph follow each other 0.17 to 0.4 us faster now and then: the canary `launches` took 20.5 us
 once, and 24.05 before and after. Of 32 accepted runs 11 hold one or two neighbouring cases, chains of dozens of small kernels,
 that were 1 to 22 % faster than in all other runs. Their samples agree with each other, so nothing but such a look tells, and
-they are taken anew. What brings that state is not known.
+they are taken anew. What brings that state is not known, nor whether it is of a moment or of a captured graph: the same three
+products were taken anew in each of three processes of one machine. If it is of a graph, a look tells nothing of the timed one.
 
 Only chains are looked at. Around single kernels looks differed too, for a reason that is not known: of 54 products of the
 provider `triton` on an H200 51 were taken anew, at 1.0 to 1.5 s a case instead of the 0.3 to 0.8 of other libraries
@@ -20,7 +21,7 @@ Taken = TypeVar("Taken")
 
 # Of 116 readings of that canary in 32 runs 115 are within 0.3 % of their run's median, and the other state is 15 % away.
 _APART = 0.05
-# The other state has lasted for one or two cases, less than 1.5 s.
+# In the accepted runs the other state lasted for one or two cases, less than 1.5 s, if it is of a moment at all.
 _PAUSE_SECONDS, _MOST_RETAKEN = 0.5, 4
 # With fewer looks than this their median may be that of the rare state, so all of them have to agree.
 _FEWEST_LOOKS = 9
