@@ -17,11 +17,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fp4bench.kernels import fragments
+from fp4bench.kernels.overlap import BEGIN
 from fp4bench.kernels.weights import UNIT_K, PreparedWeight
 
 MOST_ROWS = 16  # of x
-
-_WAIT = gl.constexpr("griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, $1;")
 
 
 @dataclass(frozen=True)
@@ -245,7 +244,7 @@ def _decode(
     for step in gl.static_range(DEPTH):
         queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES, STREAMING)
     # Everything above is the weight's. x may still be written by the kernel before.
-    gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(BEGIN, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
     b = _load_x(x, 0, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR)
     LOOP: gl.constexpr = (STEPS - DEPTH) // DEPTH * DEPTH
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16

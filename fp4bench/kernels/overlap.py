@@ -13,7 +13,13 @@ Why quantize, product, quantize, product may overlap in one workspace, each sayi
 """
 
 import triton
+import triton.language as tl
 from triton.language.extra import cuda
+
+# As inline assembly for Gluon, of one register that is given back: let the next kernel begin, wait for the one before, or both.
+LAUNCH: tl.constexpr = tl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, $1;")
+WAIT: tl.constexpr = tl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
+BEGIN: tl.constexpr = tl.constexpr("griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, $1;")
 
 
 def option(pdl: bool) -> dict[str, bool]:

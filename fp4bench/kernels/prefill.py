@@ -41,6 +41,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fp4bench.kernels.overlap import BEGIN
 from fp4bench.kernels.unpack import assembly
 from fp4bench.kernels.weights import TILE_N, UNIT_K, PreparedWeight, WordOrder
 
@@ -497,7 +498,6 @@ def _carve(
 
 # --- Device code: layouts and decoding ---------------------------------------------------------------------------------------
 
-_WAIT = gl.constexpr("griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, $1;")
 _TO_L2 = gl.constexpr("{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, $2; }")
 
 _BF16_MX, _SIXTEEN = (gl.constexpr(text) for text in assembly("bf16", False))
@@ -668,7 +668,7 @@ def _produce(
         far = gl.minimum(end, begin + early + FAR)
         _bring_to_l2(weight, at_n, begin + early, gl.where(early > 0, far, 0), TILES, WORDS)
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [lane], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(BEGIN, "=r,r,~{memory}", [lane], dtype=gl.int32, is_pure=False, pack=1)
     for stage in range(early):
         step = begin + stage
         tma.async_copy_global_to_shared(x_tiles, [at_m * COLUMNS, step * DEPTH], full.index(stage), x_buffer.index(stage))
