@@ -18,14 +18,12 @@ from triton.experimental.gluon import language as gl
 
 from fp4bench.kernels import fragments
 from fp4bench.kernels.experts import PreparedExperts
+from fp4bench.kernels.overlap import LAUNCH, WAIT
 from fp4bench.kernels.routing import BLOCK_FIELDS, most_blocks
 from fp4bench.kernels.weights import UNIT_K, WordOrder
 from fp4bench.models import Activation
 
 ACTIVATIONS = ("silu", "swiglu")  # of `fp4bench.models.Activation`
-
-_WAIT = gl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
-_LAUNCH = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, $1;")
 
 
 @dataclass(frozen=True)
@@ -286,8 +284,8 @@ def _grouped(
     four = gl.arange(0, 4, layout=gl.SliceLayout(0, FOUR))[None, :]
     if ACTIVATION != "":
         # The blocks are those of the kernel before. It is done when the kernel after may start: that one reads blocks at once.
-        gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
-        gl.inline_asm_elementwise(_LAUNCH, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(LAUNCH, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
     block = blocks + gl.program_id(1) * 4
     # Past the L1, which may remember those of an earlier call.
     expert = gl.load(block, cache_modifier=".cg")
@@ -306,8 +304,8 @@ def _grouped(
             queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, SPLIT, TILES, TWO_LEVEL)
         if ACTIVATION == "":
             # Everything above is the weight's. x is of the kernel before.
-            gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
-            gl.inline_asm_elementwise(_LAUNCH, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+            gl.inline_asm_elementwise(WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+            gl.inline_asm_elementwise(LAUNCH, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
         scale_at = row_scale + expert.to(gl.int64) * tiles * 16
         bias_at = bias + expert.to(gl.int64) * tiles * 16
         operands = (x, x_stride, topk, k, positions, words_at, scales_at, queue)
@@ -340,7 +338,7 @@ def _grouped(
     else:
         if ACTIVATION == "":
             # So that no kernel after this one is ahead of the one before.
-            gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+            gl.inline_asm_elementwise(WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -411,7 +409,7 @@ def _sums(
     x, x_stride, topk, k, positions, words_at, scales_at, queue = operands
     lane = thread % 32
     warp = thread // 32 % SPLIT
-    rows = _rows_of_x(x, x_stride, topk, positions, at, pairs, lane, COLUMNS)
+    rows = rows_of_x(x, x_stride, topk, positions, at, pairs, lane, COLUMNS)
     acc = ()  # type: ignore[var-annotated]
     for _ in gl.static_range(TILES * (COLUMNS // 8)):
         acc = acc + (gl.zeros([32 * WARPS, 4], gl.float32, FOUR),)
@@ -419,18 +417,18 @@ def _sums(
     # x of each step in the queue.
     b = ()  # type: ignore[var-annotated]
     for step in gl.static_range(DEPTH):
-        b = b + _load_x(rows, pairs, step, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
+        b = b + load_x(rows, pairs, step, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
     OF_X: gl.constexpr = COLUMNS // 4
     for step in range(DEPTH, STEPS):
         if AHEAD:
-            next_b = _load_x(rows, pairs, step, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
-        acc = _multiply(queue, b[:OF_X], acc, TILES, COLUMNS, TWO_LEVEL, HALF)
+            next_b = load_x(rows, pairs, step, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
+        acc = multiply(queue, b[:OF_X], acc, TILES, COLUMNS, TWO_LEVEL, HALF)
         queue = queue[2 * TILES :] + _load_unit(words_at, scales_at, step, warp, UNITS, SPLIT, TILES, TWO_LEVEL)
         if not AHEAD:
-            next_b = _load_x(rows, pairs, step, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
+            next_b = load_x(rows, pairs, step, lane, warp, k, UNITS, SPLIT, COLUMNS, ALL_COLUMNS, ALIGNED, FOUR)
         b = b[OF_X:] + next_b
     for i in gl.static_range(DEPTH):
-        acc = _multiply(queue[2 * TILES * i :], b[OF_X * i : OF_X * (i + 1)], acc, TILES, COLUMNS, TWO_LEVEL, HALF)
+        acc = multiply(queue[2 * TILES * i :], b[OF_X * i : OF_X * (i + 1)], acc, TILES, COLUMNS, TWO_LEVEL, HALF)
     return acc
 
 
@@ -466,7 +464,7 @@ def _load_unit(
 
 
 @gluon.jit
-def _rows_of_x(x, x_stride, topk, positions, at, pairs, lane, COLUMNS: gl.constexpr):  # type: ignore[no-untyped-def]
+def rows_of_x(x, x_stride, topk, positions, at, pairs, lane, COLUMNS: gl.constexpr):  # type: ignore[no-untyped-def]
     """Where the row of x begins that is a lane's column of each 8. -> for each 8 columns pointers to int32 [threads, 1]."""
     rows = ()  # type: ignore[var-annotated]
     for i in gl.static_range(COLUMNS // 8):
@@ -480,7 +478,7 @@ def _rows_of_x(x, x_stride, topk, positions, at, pairs, lane, COLUMNS: gl.conste
 
 
 @gluon.jit
-def _load_x(
+def load_x(
     rows,
     pairs,
     step,
@@ -513,7 +511,7 @@ def _load_x(
 
 
 @gluon.jit
-def _multiply(unit, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEVEL: gl.constexpr, HALF: gl.constexpr):  # type: ignore[no-untyped-def]
+def multiply(unit, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEVEL: gl.constexpr, HALF: gl.constexpr):  # type: ignore[no-untyped-def]
     """A unit of each tile, added to its accumulators. -> for each tile COLUMNS / 8 float32 [threads, 4]."""
     BLOCKS: gl.constexpr = COLUMNS // 8
     sums = ()  # type: ignore[var-annotated]
@@ -586,7 +584,7 @@ def _store(
             gl.store(out + pair.to(gl.int64) * out_stride + row, y.to(out.dtype.element_ty), mask=inside)
         else:
             gate, up = _sides(y, AT_ONCE)
-            h = _activated(gate, up, alpha, limit, ACTIVATION)
+            h = activated(gate, up, alpha, limit, ACTIVATION)
             # Rows g of a tile are columns of the result; where there is no row, none of them is.
             column, _ = _sides(column, AT_ONCE)
             place, _ = _sides(gl.where(there, row // 16 * 8 + row % 16, columns), AT_ONCE)
@@ -601,7 +599,7 @@ def _sides(y, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _activated(gate, up, alpha, limit, ACTIVATION: gl.constexpr):  # type: ignore[no-untyped-def]
+def activated(gate, up, alpha, limit, ACTIVATION: gl.constexpr):  # type: ignore[no-untyped-def]
     if ACTIVATION == "swiglu":
         gate = gl.where(gate > limit, limit, gate)  # NaN stays NaN
         up = gl.where(up > limit, limit, gl.where(up < -limit, -limit, up)) + 1.0

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from fp4bench.kernels.experts import PreparedExperts
-from fp4bench.kernels.grouped import _activated, activation_arguments, padded
+from fp4bench.kernels.grouped import activated, activation_arguments, padded
 from fp4bench.kernels.prefill import _SHARED_BYTES, PrefillConfig, _descriptor, _powers, _release, _sms, _words_layout
 from fp4bench.kernels.routing import BLOCK_FIELDS, most_blocks
 from fp4bench.kernels.unpack import assembly
@@ -395,7 +395,7 @@ def _store(
         # Rows g and g + 8 of a tile are in one thread.
         sides = gl.permute(gl.reshape(y, [ROWS // 16, 2, 8, COLUMNS]), (0, 2, 3, 1))
         gate, up = gl.split(sides)
-        y = gl.reshape(_activated(gate, up, alpha, limit, ACTIVATION), [ROWS // 64, 4, 2, 2, 2, COLUMNS])
+        y = gl.reshape(activated(gate, up, alpha, limit, ACTIVATION), [ROWS // 64, 4, 2, 2, 2, COLUMNS])
         # Of each 32 rows 8 t + 4 j + 2 h + e becomes 16 j + 8 h + 2 t + e.
         y = gl.reshape(gl.permute(y, (0, 2, 3, 1, 4, 5)), [ROWS // 2, COLUMNS])
         n0 = n0 // 2

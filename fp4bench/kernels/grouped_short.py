@@ -16,7 +16,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fp4bench.kernels.experts import PreparedExperts
-from fp4bench.kernels.grouped import _LAUNCH, _WAIT, _load_x, _multiply, _rows_of_x, check_down
+from fp4bench.kernels.grouped import check_down, load_x, multiply, rows_of_x
+from fp4bench.kernels.overlap import LAUNCH, WAIT
 from fp4bench.kernels.weights import UNIT_K
 
 # Units of 64 columns times rows of a block, which is how many registers of a thread hold x. 64 more hold weights.
@@ -140,17 +141,17 @@ def _short(
         for i in gl.static_range(AHEAD):
             queue = queue + _load_tile(weights, i, UNITS, WARPS, TWO_LEVEL, HAS_BIAS)
         # Everything above is the weight's. x is of the kernel before.
-        gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
-        gl.inline_asm_elementwise(_LAUNCH, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
-        rows_of_x = (x, x_stride, k, positions, at, pairs)
+        gl.inline_asm_elementwise(WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(LAUNCH, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+        source = (x, x_stride, k, positions, at, pairs)
         results = (out, out_stride, columns)
         # The narrowest product that holds the block's pairs.
         for width in gl.static_range(8, BLOCK + 1, 8):
             if (pairs > width - 8) & (pairs <= width):
-                _walk(queue, weights, rows_of_x, results, lane, UNITS, STRIP, AHEAD, WARPS, width, TWO_LEVEL, HAS_BIAS, FOUR)
+                _walk(queue, weights, source, results, lane, UNITS, STRIP, AHEAD, WARPS, width, TWO_LEVEL, HAS_BIAS, FOUR)
     else:
         # So that no kernel after this one is ahead of the one before.
-        gl.inline_asm_elementwise(_WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(WAIT, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -176,7 +177,7 @@ def _load_tile(weights, step, UNITS: gl.constexpr, WARPS: gl.constexpr, TWO_LEVE
 def _walk(
     queue,
     weights,
-    rows_of_x,
+    source,
     results,
     lane,
     UNITS: gl.constexpr,
@@ -189,15 +190,15 @@ def _walk(
     FOUR: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
     """A block of up to COLUMNS pairs by the warp's tiles."""
-    x, x_stride, k, positions, at, pairs = rows_of_x
+    x, x_stride, k, positions, at, pairs = source
     out, out_stride, columns = results
     first = weights[4]
     OF_A_TILE: gl.constexpr = len(queue) // AHEAD
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16
-    of_x = _rows_of_x(x, x_stride, 0, positions, at, pairs, lane, COLUMNS)
+    of_x = rows_of_x(x, x_stride, 0, positions, at, pairs, lane, COLUMNS)
     b = ()  # type: ignore[var-annotated]
     for unit in gl.static_range(UNITS):
-        b = b + _load_x(of_x, pairs, unit, lane, lane * 0, k, UNITS, 1, COLUMNS, True, True, FOUR)
+        b = b + load_x(of_x, pairs, unit, lane, lane * 0, k, UNITS, 1, COLUMNS, True, True, FOUR)
     four = gl.arange(0, 4, layout=gl.SliceLayout(0, FOUR))[None, :]
     rows = ()  # type: ignore[var-annotated]
     stored = ()  # type: ignore[var-annotated]
@@ -237,7 +238,7 @@ def _tile(
         acc = acc + (gl.zeros([32 * WARPS, 4], gl.float32, FOUR),)
     for unit in gl.static_range(UNITS):
         of_unit = b[unit * (COLUMNS // 4) : (unit + 1) * (COLUMNS // 4)]
-        acc = _multiply(loaded[2 * unit : 2 * unit + 2], of_unit, acc, 1, COLUMNS, TWO_LEVEL, HALF)
+        acc = multiply(loaded[2 * unit : 2 * unit + 2], of_unit, acc, 1, COLUMNS, TWO_LEVEL, HALF)
     scale = gl.where(four < 2, loaded[2 * UNITS][:, None], loaded[2 * UNITS + 1][:, None])
     row = row + step * (WARPS * 16)
     for i in gl.static_range(COLUMNS // 8):
