@@ -44,6 +44,23 @@ def registers_of(lane, warps):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def of_cta(x, codes, scales, rows, LANE: gl.constexpr, REPEATS: gl.constexpr, BLOCK: gl.constexpr):  # type: ignore[no-untyped-def]
+    """-> x as registers, codes and scales of the CTA's first row, and how many rows there are from there on."""
+    ROWS: gl.constexpr = 16 * gl.num_warps() * REPEATS
+    # An int64 once a program: from there on everything is near.
+    start = gl.program_id(0).to(gl.int64) * ROWS
+    x = x.to(gl.pointer_type(gl.int32), bitcast=True) + start * (2 * LANE)
+    return x, codes + start * (LANE // 2), scales + start * (4 * LANE // BLOCK), rows - gl.program_id(0) * ROWS
+
+
+@gluon.jit
+def of_thread(LANE: gl.constexpr, REPEATS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """-> (threads) their numbers, which of the four lanes of a row each is, and its first row of the CTA's."""
+    thread = gl.arange(0, 32 * gl.num_warps(), gl.SliceLayout(1, registers_of(LANE, gl.num_warps())))
+    return thread, thread % 4, thread // 32 * (16 * REPEATS) + thread % 32 // 4
+
+
+@gluon.jit
 def load_rows(x, row, t, left, LANE: gl.constexpr, COUNT: gl.constexpr):  # type: ignore[no-untyped-def]
     """int32 (threads, LANE / 2) of rows row, row + 8, ..., COUNT of them. row, t: (threads). Rows from `left` on are zeros."""
     REGISTERS: gl.constexpr = registers_of(LANE, gl.num_warps())

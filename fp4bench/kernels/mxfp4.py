@@ -23,7 +23,7 @@ from triton.experimental.gluon import language as gl
 
 from fp4bench.formats import ScaleRule
 from fp4bench.kernels import fp4_text, lanes
-from fp4bench.kernels.lanes import Shape, beside, load_rows, quarters, registers_of, store_words
+from fp4bench.kernels.lanes import Shape, beside, load_rows, of_cta, of_thread, quarters, registers_of, store_words
 from fp4bench.kernels.rounding import power_of_two
 
 ROTATIONS = (16, 32, 64, 128)
@@ -133,18 +133,10 @@ def _quantize(  # type: ignore[no-untyped-def]
     HADAMARD: gl.constexpr,
     RULE: gl.constexpr,
 ):
-    WARPS: gl.constexpr = gl.num_warps()
     PAIRS: gl.constexpr = LANE // 2
-    ROWS: gl.constexpr = gl.SliceLayout(1, registers_of(LANE, WARPS))
-    # An int64 once a program: from there on everything is near.
-    start = gl.program_id(0).to(gl.int64) * (16 * WARPS * REPEATS)
-    x = x.to(gl.pointer_type(gl.int32), bitcast=True) + start * (4 * PAIRS)
-    codes += start * PAIRS
-    scales += start * (LANE // 8)
-    left = rows - gl.program_id(0) * (16 * WARPS * REPEATS)
-    thread = gl.arange(0, 32 * WARPS, ROWS)
-    t = thread % 4
-    row = thread // 32 * (16 * REPEATS) + thread % 32 // 4
+    ROWS: gl.constexpr = gl.SliceLayout(1, registers_of(LANE, gl.num_warps()))
+    x, codes, scales, left = of_cta(x, codes, scales, rows, LANE, REPEATS, 32)
+    thread, t, row = of_thread(LANE, REPEATS)
     loaded = load_rows(x, row, t, left, LANE, 2 * REPEATS)
     for i in gl.static_range(REPEATS):
         if HADAMARD > 1:

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fp4bench.kernels import fp4_text, lanes
-from fp4bench.kernels.lanes import Shape, beside, load_rows, quarters, registers_of, store_words
+from fp4bench.kernels.lanes import Shape, beside, load_rows, of_cta, of_thread, quarters, registers_of, store_words
 from fp4bench.kernels.rounding import encode_scale_of, two_level
 
 # By 16 a NaN would leave its rotation (`fp4_text`), and so its block of 16; by 128 a lane has two blocks.
@@ -142,17 +142,9 @@ def _quantize(  # type: ignore[no-untyped-def]
     HADAMARD: gl.constexpr,
     GIVEN: gl.constexpr,
 ):
-    WARPS: gl.constexpr = gl.num_warps()
-    PAIRS: gl.constexpr = LANE // 2
-    ROWS: gl.constexpr = gl.SliceLayout(1, registers_of(LANE, WARPS))
-    start = gl.program_id(0).to(gl.int64) * (16 * WARPS * REPEATS)
-    x = x.to(gl.pointer_type(gl.int32), bitcast=True) + start * (4 * PAIRS)
-    codes += start * PAIRS
-    scales += start * (LANE // 4)
-    left = rows - gl.program_id(0) * (16 * WARPS * REPEATS)
-    thread = gl.arange(0, 32 * WARPS, ROWS)
-    t = thread % 4
-    row = thread // 32 * (16 * REPEATS) + thread % 32 // 4
+    ROWS: gl.constexpr = gl.SliceLayout(1, registers_of(LANE, gl.num_warps()))
+    x, codes, scales, left = of_cta(x, codes, scales, rows, LANE, REPEATS, 16)
+    thread, t, row = of_thread(LANE, REPEATS)
     loaded = load_rows(x, row, t, left, LANE, 2 * REPEATS)
     s = _encode_scale(source, parts, GIVEN)
     gl.store(tensor_scale, s, mask=gl.program_id(0) == 0)
@@ -167,9 +159,7 @@ def _largest_of_all(x, parts, rows, LANE: gl.constexpr, REPEATS: gl.constexpr, H
     """Programs take tiles of rows in turn."""
     WARPS: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = gl.SliceLayout(1, registers_of(LANE, WARPS))
-    thread = gl.arange(0, 32 * WARPS, ROWS)
-    t = thread % 4
-    row = thread // 32 * (16 * REPEATS) + thread % 32 // 4
+    thread, t, row = of_thread(LANE, REPEATS)
     x = x.to(gl.pointer_type(gl.int32), bitcast=True)
     largest = gl.zeros([32 * WARPS], gl.int32, ROWS)
     for start in range(gl.program_id(0) * (16 * WARPS * REPEATS), rows, gl.num_programs(0) * (16 * WARPS * REPEATS)):
