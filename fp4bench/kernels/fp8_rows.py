@@ -103,7 +103,7 @@ def _store_row(  # type: ignore[no-untyped-def]
         y = tl.reshape(tl.permute(tl.reshape(y, (n, width // 16, 2, 8)), (0, 1, 3, 2)), (n, width))
     offsets = column[:, None] + tl.arange(0, width)[None, :]
     at = values + row.to(tl.int64)[:, None] * k_out + offsets
-    tl.store(at, y.to(tl.float8e4nv).to(values.dtype.element_ty), mask=offsets < k_out)
+    tl.store(at, y.to(tl.float8e4nv), mask=offsets < k_out)
     tl.store(scales + tl.program_id(0), scale)
 
 

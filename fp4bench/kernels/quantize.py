@@ -221,8 +221,7 @@ def quantize_fp8_rows(
 
     fragments: columns in the order of `fp4bench.kernels.weights.E4M3_ORDER`, and k padded to a multiple of 64, with zeros but
     in rows whose scale is NaN.
-    out: values and scales to write: float8_e4m3fn (..., k or k padded), float32 (..., 1). The values may be bfloat16, which
-        holds every E4M3 value.
+    out: values and scales to write: float8_e4m3fn (..., k or k padded), float32 (..., 1).
     pdl: overlap with the kernels before and after, which must do as `overlap` says. Compute capability 9.0 or later.
     """
     k = x.shape[-1]
