@@ -13,7 +13,8 @@ import numpy as np
 # 1 - first version
 # 2 - paced timing by clock stamps: pace, cycles_q25, cycles_q75, event_seconds, gap_s, injected; the run says its session,
 #     whether it is complete and valid, its options, ceilings and canaries, and for what reason it was accepted
-# 3 - copies of the operands, of which large ones have several too; later runs also say how often samples were `retaken`
+# 3 - copies of the operands, of which large ones have several too; later runs also say how often samples were `retaken` (0 in
+#     some of them where nobody looked; None since)
 FORMAT = 3
 
 # What was computed, who computed it, what came out, and the state it was timed in.

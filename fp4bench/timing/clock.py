@@ -27,7 +27,8 @@ class Measurement:
     cycles, sm_mhz: SM cycles of one call and the SMs' mean clock, by sample; None without clock stamps.
     event_seconds: the same samples by CUDA events, a cross-check; they include the launch of the graph.
     kernels: names and grids of one call's kernels, where the graph tells them.
-    retaken: how often all samples were taken anew, because the device was not in its usual state.
+    retaken: how often all samples were taken anew until the device was in its usual state before and after them; None where
+    nobody looked, or no usual state was found.
     """
 
     seconds: tuple[float, ...]
@@ -41,7 +42,7 @@ class Measurement:
     sm_mhz: tuple[float, ...] | None = None
     event_seconds: tuple[float, ...] | None = None
     kernels: tuple[str, ...] | None = None
-    retaken: int = 0
+    retaken: int | None = None
 
 
 class Clock(Protocol):

@@ -111,7 +111,7 @@ class CudaClock:
 
         kernels = kernels_of(calls[0], self._memory)
         guard = self._steadiness if is_chain(kernels) else None
-        (readings, gap, timed), retaken = guard.under(sampled) if guard else (sampled(), 0)
+        (readings, gap, timed), retaken = guard.under(sampled) if guard else (sampled(), None)
         l2 = "warm" if self._warm else "cold" if flush is None else "cold_flush"
         found = self._measurement(readings, timed, l2)
         return replace(found, copies=len(calls), gap_seconds=gap, kernels=kernels, retaken=retaken)

@@ -43,8 +43,8 @@ class Steadiness:
         self._seen = deque([look()], maxlen=_MOST_LOOKS)
         self._unsteady = 0  # measurements in a row
 
-    def under(self, take: Callable[[], Taken]) -> tuple[Taken, int]:
-        """What `take` gives between two usual looks, and how often it was taken anew for that; the last where none was."""
+    def under(self, take: Callable[[], Taken]) -> tuple[Taken, int | None]:
+        """What `take` gives between two usual looks, and how often it was taken anew for that; the last and None without any."""
         retaken = 0
         while True:
             before = self._seen_now()
@@ -54,7 +54,7 @@ class Steadiness:
                 return taken, retaken
             if retaken == _MOST_RETAKEN or self._unsteady >= _TRUSTED_UNTIL:
                 self._unsteady += 1
-                return taken, retaken
+                return taken, None
             retaken += 1
             self._sleep(_PAUSE_SECONDS)
 
