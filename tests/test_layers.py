@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,12 @@ def in_a_new_python(code):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
+
+
+def test_the_map_of_kernels_names_every_file():
+    text = (PACKAGE / "kernels" / "__init__.py").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", text.partition("| --- | --- |")[2].rpartition("|")[0]))
+    assert named == {path.stem for path in (PACKAGE / "kernels").glob("*.py")} - {"__init__", "configs"}
 
 
 def test_importing_fp4bench_does_no_work():

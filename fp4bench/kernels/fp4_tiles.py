@@ -2,7 +2,7 @@
 
 Of the bandwidth of a copy (4.1 TB/s, NVIDIA H200), bytes read and written, bfloat16 at m = 16384, k = 8192: MXFP4 0.82, by
 Hadamard 64 0.62; NVFP4 of a given tensor scale 0.73. A value takes some 16 instructions without a rotation and 22 with (SASS of
-sm_90a), which is most of what the SMs issue in that time: `mxfp4` does with fewer.
+sm_90a), which is most of what the SMs issue in that time: `mxfp4_lanes` does with fewer.
 """
 
 import triton

@@ -17,12 +17,12 @@ brings the last one of a tile adds them up, in the order of k: the result does n
 What it bought, Llama-3.3-70B on NVIDIA H200s (`baselines/NVIDIA-H200/kernels/2026-11-27_tune-*.jsonl`): steps of 128 columns
 and a ring that fills shared memory, qkv at m = 64 29.2 us instead of 35.6; three CTAs of 64 rows an SM at m = 32, 22.1 instead
 of 26.1; tiles of 256 rows of x, whole, in groups of 4, at m = 4096, 821 instead of 915. E4M3 from words in bytes, 10
-operations for eight codes instead of 21: gate_up at m = 32 65.8 instead of 103.3, at m = 4096 2574 instead of 3076 (the tensor
-cores waited for decoding in 30 % of all cycles). Partial sums 16 bytes a thread instead of 8: o at m = 64 22.9 instead of
-26.0. Warpgroups that share k where a tile a CTA is one round: o at m = 32 17.6 instead of 18.7. A tail of its own launch
-instead of tiles cut along k: qkv as E4M3 at m = 1024 123.2 instead of 130.3, at m = 512 71.2 instead of 72.6, where 1.2 rounds
-would be 53: a tile of 64 columns takes more than half as long as one of 256, waiting for the steps' latencies. The 128 x 256
-tile of E4M3 that is cut along k spills some registers, none of them in the loop.
+operations for eight codes instead of 21: gate_up at m = 32 66 and 67 (two cards) instead of 103, at m = 4096 2574 instead of
+3076 (the tensor cores waited for decoding in 30 % of all cycles). Partial sums 16 bytes a thread instead of 8: o at m = 64
+22.9 instead of 26.0. Warpgroups that share k where a tile a CTA is one round: o at m = 32 17.6 instead of 18.7. A tail of its
+own launch instead of tiles cut along k: qkv as E4M3 at m = 1024 123.2 instead of 130.3, at m = 512 71.2 instead of 72.6, where
+1.2 rounds would be 53: a tile of 64 columns takes more than half as long as one of 256, waiting for the steps' latencies. The
+128 x 256 tile of E4M3 that is cut along k spills some registers, none of them in the loop.
 
 E4M3: Hopper adds FP8 products with some 14 bits (`CUT_FP8_SUMS` of `fp4bench.problems`), bfloat16 and float16 ones in float32.
 """

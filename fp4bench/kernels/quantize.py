@@ -2,7 +2,7 @@
 
 | what | kernel |
 |---|---|
-| bfloat16 -> FP4, scales in rows, k without padding, on Hopper | `mxfp4`, `nvfp4` |
+| bfloat16 -> FP4, scales in rows, k without padding, on Hopper | `mxfp4_lanes`, `nvfp4_lanes` |
 | any other x -> FP4, its scales in any layout, or the values of its codes as bfloat16 | `fp4_tiles` |
 | x -> rows of E4M3, as FP8 or by way of MXFP4 | `fp8_rows` |
 
@@ -17,10 +17,10 @@ import torch
 import triton
 
 from fp4bench.formats import MXFP4, BlockFormat, ScaleRule, layouts
-from fp4bench.kernels import mxfp4, nvfp4, overlap
+from fp4bench.kernels import mxfp4_lanes, nvfp4_lanes, overlap
 from fp4bench.kernels.fp4_tiles import largest_of_tiles, quantize_tiles
 from fp4bench.kernels.fp8_rows import quantize_row
-from fp4bench.kernels.mxfp4 import RULES as MXFP4_RULES
+from fp4bench.kernels.mxfp4_lanes import RULES as MXFP4_RULES
 from fp4bench.quantize import Quantized, RowQuantized, check_arguments
 
 # The largest rotation: a run of 128 values is 128 registers of a thread, of at most 255.
@@ -318,12 +318,12 @@ def _quantize_fast(
     matrix: torch.Tensor, codes: torch.Tensor, q: Quantized | BlockedQuantized, tensor_scale: torch.Tensor | float | None
 ) -> bool:
     """Whether one of the kernels for Hopper could do it, and did."""
-    if q.tensor_scale is None and mxfp4.fits(matrix, q.rule, q.hadamard):
-        mxfp4.quantize(matrix, codes, q.scales, q.rule, q.hadamard)
+    if q.tensor_scale is None and mxfp4_lanes.fits(matrix, q.rule, q.hadamard):
+        mxfp4_lanes.quantize(matrix, codes, q.scales, q.rule, q.hadamard)
         return True
-    if q.tensor_scale is not None and nvfp4.fits(matrix, q.hadamard):
+    if q.tensor_scale is not None and nvfp4_lanes.fits(matrix, q.hadamard):
         source, parts, given = _encode_scale_source(matrix, q, tensor_scale, False)
-        nvfp4.quantize(matrix, codes, q.scales, q.tensor_scale, source, parts, given, q.hadamard)
+        nvfp4_lanes.quantize(matrix, codes, q.scales, q.tensor_scale, source, parts, given, q.hadamard)
         return True
     return False
 
@@ -343,8 +343,8 @@ def _encode_scale_source(
     tiles_across = triton.cdiv(k, tile.runs * tile.run)
     tiles = triton.cdiv(m, tile.rows) * tiles_across
     parts = torch.empty(min(tiles, _MOST_PARTS), dtype=torch.int32, device=matrix.device)
-    if not pdl and _is_hopper(matrix.device) and nvfp4.fits(matrix, q.hadamard):
-        nvfp4.largest(matrix, parts, q.hadamard)
+    if not pdl and _is_hopper(matrix.device) and nvfp4_lanes.fits(matrix, q.hadamard):
+        nvfp4_lanes.largest(matrix, parts, q.hadamard)
         return parts, parts.numel(), "largest"
     largest_of_tiles[(parts.numel(),)](
         matrix,

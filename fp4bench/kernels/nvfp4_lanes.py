@@ -1,8 +1,8 @@
-"""bfloat16 -> NVFP4 on Hopper, as `mxfp4`: one pass where the encode scale is given, a second after it was computed.
+"""bfloat16 -> NVFP4 on Hopper, as `mxfp4_lanes`: one pass where the encode scale is given, a second after it was computed.
 
 Scales are no powers of two here. So largest magnitudes and products with the scale's inverse are float32, and only what is
 rounded to codes is a pair. With a given encode scale 4096 x 8192 reaches 0.93 of a copy's bandwidth, by Hadamard 64 0.85, by 32
-0.77 (NVIDIA H200, as `mxfp4` says).
+0.77 (NVIDIA H200, as `mxfp4_lanes` says).
 """
 
 import torch
@@ -18,7 +18,7 @@ ROTATIONS = (32, 64)
 
 
 def shape(hadamard: int | None) -> Shape:
-    """The launch for a rotation: as those of `mxfp4`, but rows share the inverse of the encode scale even without one."""
+    """The launch for a rotation: as those of `mxfp4_lanes`, but rows share the inverse of the encode scale even without one."""
     return {None: Shape(16, warps=2, repeats=2), 64: Shape(16, warps=2, repeats=4)}.get(hadamard, Shape(8, 2, repeats=4))
 
 

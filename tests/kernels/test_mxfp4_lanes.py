@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 import ptx  # noqa: E402
 from compiling import compile_gluon, resources  # noqa: E402
 
-from fp4bench.kernels import mxfp4 as kernel  # noqa: E402
+from fp4bench.kernels import mxfp4_lanes as kernel  # noqa: E402
 
 ROTATIONS = [None, 16, 32, 64, 128]
 RULES = kernel.RULES

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 import ptx  # noqa: E402
 from compiling import compile_gluon, resources  # noqa: E402
 
-from fp4bench.kernels import nvfp4 as kernel  # noqa: E402
+from fp4bench.kernels import nvfp4_lanes as kernel  # noqa: E402
 from fp4bench.kernels import quantize as fused  # noqa: E402
 
 ROTATIONS = [None, 32, 64]
