@@ -1,7 +1,7 @@
 """Products and quantization of odd shapes, for NVIDIA's compute-sanitizer, which sees reads and writes out of bounds:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes application-only \\
-        --error-exitcode 9 python tests/kernels/sanitize.py [--planted] [decode | prefill | quantize ...]
+        --error-exitcode 9 python tests/kernels/sanitize.py [--planted] [decode | prefill | quantize | quantize-3x192 ...]
 
 Without torch's cache each tensor is an allocation of its own: one element beyond it is out of bounds. Results are compared with
 references of the CPU, so that what was checked is what computes right. --planted reads one element too many: it has to be seen.
@@ -10,6 +10,7 @@ references of the CPU, so that what was checked is what computes right. --plante
 import argparse
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -72,7 +73,7 @@ PREFILLS = (
 MATRICES = ((1, 16), (3, 192), (5, 205), (7, 1000), (130, 72), (37, 384), (3, 4100), (2, 40000))
 
 
-def run_product(product: Product) -> None:
+def run_product(product: Product) -> Product:
     """The product on a GPU against the reference, twice in one workspace."""
     device = find_device("cuda")
     tensors, form = ops.flatten(product.weight(device))
@@ -85,9 +86,10 @@ def run_product(product: Product) -> None:
         out = torch.full((product.m, product.n), torch.nan, dtype=x.dtype, device="cuda")
         gemm.gemm(x, weight, product.mode, out=out, workspace=workspace, **how)
         check(product.problem, inputs, product.format.default_rule, out.cpu(), accumulation)
+    return product
 
 
-def run_quantization(m: int, k: int) -> None:
+def run_quantization(m: int, k: int) -> str:
     """Codes and scales against the eager ones, in both layouts, with and without rotation; FP8 rows and images."""
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
     on_gpu = x.cuda()
@@ -103,6 +105,7 @@ def run_quantization(m: int, k: int) -> None:
         rows = fused.quantize_fp8_rows(on_gpu, fragments=fragments)
         _same(rows.scales, quantize_fp8_rows(x).scales, None)
     fused.fp4_as_e4m3(on_gpu, hadamard=64)
+    return "to FP4, images of FP4, and FP8 rows"
 
 
 def _same(got: torch.Tensor, want: torch.Tensor, hadamard: int | None) -> None:
@@ -125,23 +128,30 @@ def run_planted() -> None:
     torch.cuda.synchronize()
 
 
+RUNS = {
+    **{f"decode-{i}": partial(run_product, product) for i, product in enumerate(DECODES)},
+    **{f"prefill-{i}": partial(run_product, product) for i, product in enumerate(PREFILLS)},
+    **{f"quantize-{m}x{k}": partial(run_quantization, m, k) for m, k in MATRICES},
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--planted", action="store_true", help="read out of bounds, and nothing else")
-    parser.add_argument("parts", nargs="*", default=["decode", "prefill", "quantize"], help="decode, prefill, quantize")
+    parser.add_argument(
+        "parts", nargs="*", default=["decode", "prefill", "quantize"], help=f"how they begin: {', '.join(RUNS)}"
+    )
     asked = parser.parse_args()
     if os.environ.get(CACHING) != "1":
         parser.error(f"without {CACHING}=1 tensors share allocations, and reads beyond one are not seen")
     if asked.planted:
         run_planted()
         return
-    for part, products in (("decode", DECODES), ("prefill", PREFILLS)):
-        for product in products if part in asked.parts else ():
-            run_product(product)
-            print(f"{part}: {product}", flush=True)
-    for m, k in MATRICES if "quantize" in asked.parts else ():
-        run_quantization(m, k)
-        print(f"quantize: m={m}, k={k}", flush=True)
+    chosen = [name for name in RUNS if name.startswith(tuple(asked.parts))]
+    if not chosen:
+        parser.error(f"nothing begins with {' or '.join(asked.parts)}")
+    for name in chosen:
+        print(f"{name}: {RUNS[name]()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,18 @@ def test_without_its_own_allocations_the_script_refuses():
     assert "reads beyond one are not seen" in done.stderr
 
 
+def test_a_part_that_there_is_not_is_refused():
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "quantise"],
+        env=os.environ | {SHOWN["CACHING"]: "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "nothing begins with quantise" in done.stderr
+
+
 def sanitized(*arguments, tool="memcheck"):
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
@@ -60,7 +72,7 @@ def test_a_planted_read_out_of_bounds_is_seen():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("part", ["decode", "prefill", "quantize"])
+@pytest.mark.parametrize("part", ["decode", "prefill", *(f"quantize-{m}x{k}" for m, k in SHOWN["MATRICES"])])
 def test_nothing_is_read_out_of_bounds(part):
     done = sanitized(part)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
