@@ -44,7 +44,7 @@ class Steadiness:
         self._unsteady = 0  # measurements in a row
 
     def under(self, take: Callable[[], Taken]) -> tuple[Taken, int | None]:
-        """What `take` gives between two usual looks, and how often it was taken anew for that; the last and None without any."""
+        """What `take` gives between two usual looks, and how often it was taken anew for that; or the last, and None."""
         retaken = 0
         while True:
             before = self._seen_now()
