@@ -1,7 +1,7 @@
-"""Products and quantization of odd shapes, for NVIDIA's compute-sanitizer, which sees reads and writes out of bounds:
+"""Products, experts and quantization of odd shapes, for NVIDIA's compute-sanitizer, which sees reads and writes out of bounds:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes application-only \\
-        --error-exitcode 9 python tests/kernels/sanitize.py [--planted] [decode | prefill | quantize | quantize-3x192 ...]
+        --error-exitcode 9 python tests/kernels/sanitize.py [--planted] [decode | experts | quantize | quantize-3x192 ...]
 
 Without torch's cache each tensor is an allocation of its own: one element beyond it is out of bounds. Results are compared with
 references of the CPU, so that what was checked is what computes right. --planted reads one element too many: it has to be seen.
@@ -24,7 +24,8 @@ from fp4bench.kernels import quantize as fused
 from fp4bench.kernels.configs import Launch
 from fp4bench.kernels.decode import DecodeConfig
 from fp4bench.kernels.prefill import PrefillConfig
-from fp4bench.problems import W4A4, W4A8, W4A16, GemmProblem, Mode
+from fp4bench.problems import W4A4, W4A8, W4A16, GemmProblem, Mode, MoeProblem
+from fp4bench.providers.triton_moe import prepare_moe
 from fp4bench.quantize import quantize, quantize_fp8_rows
 
 CACHING = "PYTORCH_NO_CUDA_MEMORY_CACHING"
@@ -72,6 +73,21 @@ PREFILLS = (
 )
 MATRICES = ((1, 16), (3, 192), (5, 205), (7, 1000), (130, 72), (37, 384), (3, 4100), (2, 40000))
 
+# Blocks of every width, one expert for all, an expert's rows that are no multiple of a tile, and k that is none of a unit; a
+# short second product; biases.
+EXPERTS = tuple(
+    MoeProblem("odd", f"h{hidden}i{intermediate}", 1, m, hidden, intermediate, experts, topk, mode, format, bias=bias)
+    for mode, format, m, hidden, intermediate, experts, topk, bias in (
+        (W4A16, MXFP4, 1, 206, 51, 5, 2, True),
+        (W4A16, NVFP4, 3, 206, 136, 5, 2, False),
+        (W4A16, NVFP4, 33, 72, 640, 4, 2, True),
+        (W4A16, MXFP4, 200, 330, 72, 3, 2, False),
+        (W4A8, MXFP4, 1, 206, 51, 5, 2, True),
+        (W4A8, MXFP4, 50, 206, 136, 5, 2, False),
+        (W4A8, MXFP4, 300, 330, 200, 3, 2, False),
+    )
+)
+
 
 def run_product(product: Product) -> Product:
     """The product on a GPU against the reference, twice in one workspace."""
@@ -87,6 +103,15 @@ def run_product(product: Product) -> Product:
         gemm.gemm(x, weight, product.mode, out=out, workspace=workspace, **how)
         check(product.problem, inputs, product.format.default_rule, out.cpu(), accumulation)
     return product
+
+
+def run_experts(problem: MoeProblem) -> MoeProblem:
+    """The layer on a GPU against the reference, twice."""
+    inputs = problem.inputs("cuda")
+    runner = prepare_moe(problem, inputs, pdl=True)
+    for _ in range(2):
+        check(problem, inputs, problem.format.default_rule, runner(), problem.mode.accumulation)
+    return problem
 
 
 def run_quantization(m: int, k: int) -> str:
@@ -131,6 +156,7 @@ def run_planted() -> None:
 RUNS = {
     **{f"decode-{i}": partial(run_product, product) for i, product in enumerate(DECODES)},
     **{f"prefill-{i}": partial(run_product, product) for i, product in enumerate(PREFILLS)},
+    **{f"experts-{i}": partial(run_experts, problem) for i, problem in enumerate(EXPERTS)},
     **{f"quantize-{m}x{k}": partial(run_quantization, m, k) for m, k in MATRICES},
 }
 
@@ -138,9 +164,7 @@ RUNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--planted", action="store_true", help="read out of bounds, and nothing else")
-    parser.add_argument(
-        "parts", nargs="*", default=["decode", "prefill", "quantize"], help=f"how they begin: {', '.join(RUNS)}"
-    )
+    parser.add_argument("parts", nargs="*", default=list(RUNS), help=f"how they begin: {', '.join(RUNS)}")
     asked = parser.parse_args()
     if os.environ.get(CACHING) != "1":
         parser.error(f"without {CACHING}=1 tensors share allocations, and reads beyond one are not seen")

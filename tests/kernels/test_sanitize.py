@@ -13,8 +13,9 @@ import torch
 pytest.importorskip("triton")
 
 from fp4bench.devices import Device
-from fp4bench.kernels import decode, gemm, prefill
+from fp4bench.kernels import decode, gemm, moe, prefill
 from fp4bench.kernels.decode import DecodeConfig
+from fp4bench.providers.triton_moe import why_not_moe
 
 SCRIPT = Path(__file__).with_name("sanitize.py")
 SHOWN = runpy.run_path(str(SCRIPT))
@@ -34,6 +35,24 @@ def test_each_product_is_one_that_its_launch_computes(product):
         operand = OPERANDS[gemm.operand_of(product.mode, product.format, product.m, H200)]
         assert prefill.why_not(product.m, weight, operand, product.launch) is None
         prefill.workspace_bytes(product.m, weight, operand, product.launch, H200.sm_count)
+
+
+@pytest.mark.parametrize("problem", SHOWN["EXPERTS"], ids=str)
+def test_each_layer_is_one_that_the_kernels_compute(problem):
+    assert why_not_moe(problem, "3.6.0", "3.6.") is None
+
+
+def test_layers_have_blocks_of_every_width():
+    def config(problem):
+        fp8 = problem.mode.name == "w4a8"
+        return moe.default_config(problem.m, problem.topk, problem.experts, problem.intermediate, fp8=fp8)
+
+    assert {config(problem).block for problem in SHOWN["EXPERTS"]} >= {8, 16, 32, 64, 128}
+    assert {type(config(problem).second).__name__ for problem in SHOWN["EXPERTS"]} == {
+        "GroupedConfig",
+        "ShortConfig",
+        "PrefillConfig",
+    }
 
 
 def test_without_its_own_allocations_the_script_refuses():
@@ -72,7 +91,7 @@ def test_a_planted_read_out_of_bounds_is_seen():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("part", ["decode", "prefill", *(f"quantize-{m}x{k}" for m, k in SHOWN["MATRICES"])])
+@pytest.mark.parametrize("part", ["decode", "prefill", "experts", *(f"quantize-{m}x{k}" for m, k in SHOWN["MATRICES"])])
 def test_nothing_is_read_out_of_bounds(part):
     done = sanitized(part)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
