@@ -80,11 +80,11 @@ EXPERTS = tuple(
     for mode, format, m, hidden, intermediate, experts, topk, bias in (
         (W4A16, MXFP4, 1, 206, 51, 5, 2, True),
         (W4A16, NVFP4, 3, 206, 136, 5, 2, False),
-        (W4A16, NVFP4, 33, 72, 640, 4, 2, True),
+        (W4A16, NVFP4, 20, 72, 640, 4, 2, True),
         (W4A16, MXFP4, 200, 330, 72, 3, 2, False),
         (W4A8, MXFP4, 1, 206, 51, 5, 2, True),
         (W4A8, MXFP4, 50, 206, 136, 5, 2, False),
-        (W4A8, MXFP4, 300, 330, 200, 3, 2, False),
+        (W4A8, MXFP4, 70, 330, 200, 3, 2, False),
     )
 )
 
