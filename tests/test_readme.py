@@ -13,7 +13,7 @@ from recorded import write
 
 from fp4bench import cli
 from fp4bench.cli import report as cli_report
-from fp4bench.evidence import baselines, report
+from fp4bench.evidence import baselines, repeats
 from fp4bench.models import get_model
 from fp4bench.plugin.options import floors_table
 from fp4bench.problems import MODES
@@ -113,7 +113,7 @@ def test_the_floors_table_shown_is_read(tmp_path):
 @pytest.mark.parametrize("machine", re.findall(r"<!-- spread (\S+) -->", README))
 def test_tables_of_spread_are_those_of_the_accepted_runs(machine):
     (shown,) = re.findall(rf"<!-- spread {machine} -->\n(.*?)<!-- end -->", README, flags=re.DOTALL)
-    lines = report.spread(baselines.accepted(ROOT / "baselines" / machine, machine))
+    lines = repeats.spread(baselines.accepted(ROOT / "baselines" / machine, machine))
     assert shown.strip().splitlines() == [line for line in lines if line.startswith("|")]
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fp4bench.cli.sessions import Report, count
-from fp4bench.evidence import comparison, frontier, plots, rivals, standing, throughput
+from fp4bench.evidence import comparison, frontier, plots, repeats, rivals, standing, throughput
 from fp4bench.evidence.baselines import Baseline, accepted, parse, read, stored_files
-from fp4bench.evidence.report import accepted_runs, markdown, spread
+from fp4bench.evidence.report import accepted_runs, markdown
 from fp4bench.evidence.results import Choice, Results, join
 from fp4bench.evidence.rivals import Sampled
 from fp4bench.evidence.storage import samples_path
@@ -121,11 +121,16 @@ def _option(name: str) -> str:
 
 
 def _machines(args: argparse.Namespace) -> list[str]:
-    show = spread if args.spread else accepted_runs
+    show = _spread if args.spread else accepted_runs
     found: list[str] = []
     for baseline in _baselines(args):
         found += [*([""] * 2 if found else []), f"### {baseline.runs[-1].machine_info['machine']}", "", *show(baseline)]
     return found
+
+
+def _spread(baseline: Baseline) -> list[str]:
+    cards = repeats.by_card(baseline)
+    return [*repeats.spread(baseline), *([""] if cards else []), *cards]
 
 
 def _markdown(args: argparse.Namespace) -> list[str]:

@@ -2,18 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
 from typing import Any
 
 from fp4bench.evidence.baselines import Baseline, StoredRun, Timing, way_of
 from fp4bench.evidence.histories import card_of, changed_kernels, is_provisional, mean_seconds
-from fp4bench.evidence.verdict import POLICIES, Outcome, Policies, Verdict, detectable, policy_of
+from fp4bench.evidence.verdict import POLICIES, Outcome, Policies, Verdict, policy_of
 
 # A list of cases that nobody scrolls through; all of them are in the verdicts file.
 _MOST_ROWS = 10
 # GitHub refuses step summaries beyond 1 MiB and comments beyond 64 KiB.
 _MOST_BYTES = 60_000
-_SHARES = (0.003, 0.01)
 
 Row = Mapping[str, Any]
 
@@ -210,77 +208,6 @@ def _escaped(text: str, most: int = 500) -> str:
     return line
 
 
-def half_ranges(baseline: Baseline) -> dict[str, float]:
-    """Half the range of a case's run medians over their median, for the cases that two or more runs hold."""
-    medians = {case_id: [t.median for _, t in runs] for case_id, runs in baseline.cases.items() if len(runs) > 1}
-    return {case_id: _half_range(seconds) for case_id, seconds in medians.items()}
-
-
-def half_ranges_on_a_card(baseline: Baseline) -> dict[str, float]:
-    """The same among the runs of one card; of the cards that have two or more, the median one's."""
-    found = {}
-    for case_id, runs in baseline.cases.items():
-        cards: dict[str, list[float]] = {}
-        for session, timing in runs:
-            cards.setdefault(card_of(session), []).append(timing.median)
-        if several := [_half_range(seconds) for seconds in cards.values() if len(seconds) > 1]:
-            found[case_id] = median(several)
-    return found
-
-
-def _half_range(seconds: Sequence[float]) -> float:
-    return (max(seconds) - min(seconds)) / 2 / median(seconds)
-
-
-def spread(baseline: Baseline, policy: Policies = POLICIES) -> list[str]:
-    """How well runs repeat, as a Markdown table by operation, mode and provider, and the blind cases by name.
-
-    Smallest detectable slowdowns are those of a run on the card of the newest accepted one.
-    """
-    baseline = baseline.on(card_of(baseline.runs[-1].session))
-    ranges, on_card, mdes = half_ranges(baseline), half_ranges_on_a_card(baseline), detectable(baseline, policy)
-    lines = [
-        f"{baseline.label}: {_cases(len(baseline.cases))}, {len(ranges)} of them in two or more runs.",
-        "",
-        "| cases | number | half range <= 0.3 % | <= 1 % | median | largest | median, one card | smallest slowdown seen |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, members in _groups(baseline, ranges):
-        on = [on_card[c] for c in members if c in on_card]
-        lines.append(_spread_row(name, [ranges[c] for c in members], on, [mdes[c] for c in members]))
-    blind = [c for c in baseline.cases if c not in ranges or ranges[c] > _SHARES[1] or mdes[c] > _blind(baseline, policy, c)]
-    blind.sort(key=lambda case_id: -mdes[case_id])
-    lines += [
-        "",
-        f"Blind: {_cases(len(blind))} with a half range beyond 1 % or a smallest detectable slowdown beyond the policy's.",
-    ]
-    lines += [f"- `{c}`: half range {_percent(ranges.get(c))}, smallest slowdown seen {_percent(mdes[c])}" for c in blind]
-    return lines
-
-
-def _groups(baseline: Baseline, members: Iterable[str]) -> list[tuple[str, list[str]]]:
-    groups: dict[str, list[str]] = {}
-    everyone = list(members)
-    for case_id in everyone:
-        record = baseline.newest(case_id).record
-        name = " ".join(str(record[key]) for key in ("op", "mode", "provider") if record.get(key))
-        groups.setdefault(name or "other", []).append(case_id)
-    return [*sorted(groups.items()), ("**all**", everyone)]
-
-
-def _spread_row(name: str, ranges: Sequence[float], on_card: Sequence[float], mdes: Sequence[float]) -> str:
-    if not ranges:
-        return f"| {name} | 0 | | | | | | |"
-    within = [f"{sum(r <= share for r in ranges) / len(ranges):.0%}" for share in _SHARES]
-    one_card = _percent(median(on_card)) if on_card else ""
-    cells = (name, str(len(ranges)), *within, _percent(median(ranges)), _percent(max(ranges)), one_card, _percent(median(mdes)))
-    return f"| {' | '.join(cells)} |"
-
-
-def _blind(baseline: Baseline, policy: Policies, case_id: str) -> float:
-    return policy_of(policy, baseline.newest(case_id)).blind
-
-
 def accepted_runs(baseline: Baseline) -> list[str]:
     """The runs of a baseline as a Markdown table: when, on what, how long, and for what reason each was accepted."""
     lines = ["| run | recorded (UTC) | session | cases | wall time | reason |", "|---|---|---|---:|---:|---|"]
@@ -334,10 +261,6 @@ def _cases(number: int) -> str:
 
 def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _percent(share: float | None) -> str:
-    return "unknown" if share is None else f"{share:.2%}"
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,6 @@
 """What a run and a baseline look like as text."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from recorded import CASES, MACHINE, baseline, stored_run, timing, timings, write
@@ -9,7 +8,7 @@ from recorded import CASES, MACHINE, baseline, stored_run, timing, timings, writ
 from fp4bench.evidence import report
 from fp4bench.evidence.baselines import accepted, parse
 from fp4bench.evidence.histories import mean_seconds
-from fp4bench.evidence.verdict import POLICIES, Outcome, Verdict, detectable, invalid, judge
+from fp4bench.evidence.verdict import POLICIES, Outcome, Verdict, invalid, judge
 
 STAMPS = POLICIES["cuda_graph_stamps"]
 
@@ -245,51 +244,6 @@ def test_what_is_no_verdicts_file_is_refused(damaged):
 
 
 # Baselines
-
-
-def test_the_half_range_is_over_the_median():
-    spread = report.half_ranges(
-        baseline(*({"a": timing(t), "b": timing(1.0)} for t in (1.0, 1.02, 1.1)), {"once": timing(1.0)})
-    )
-    assert spread == {"a": pytest.approx(0.05 / 1.02), "b": 0.0}
-
-
-def test_the_spread_is_a_table_of_shares_and_names_blind_cases():
-    names = {f"c{i}": 1.0 for i in range(8)}
-    record = {"op": "gemm", "mode": "w4a16", "provider": "example"}
-
-    def run(sign):
-        steady = {c: timing(t * (1 + sign * 0.001), **record) for c, t in names.items()}
-        return steady | {"wide": timing(1 + sign * 0.005, **record), "wild": timing(1 + sign * 0.05, **record)}
-
-    lines = report.spread(baseline(run(1), run(-1), run(1), run(-1)), STAMPS)
-    cells = next(line for line in lines if line.startswith("| **all**")).split(" | ")
-    assert cells[1:6] == ["10", "80%", "90%", "0.10%", "5.00%"]
-    assert any(line.startswith("| gemm w4a16 example | 10 |") for line in lines)
-    (wild,) = [line for line in lines if line.startswith("- `wild`")]
-    assert "half range 5.00%" in wild
-    assert not any(line.startswith("- `c0`") for line in lines)
-    lenient = report.spread(baseline(run(1), run(-1), run(1), run(-1)), replace(STAMPS, blind=10.0))
-    assert [line[:8] for line in lenient if line.startswith("- ")] == ["- `wild`"]  # beyond 1 %, whatever the policy says
-
-
-def test_a_case_that_one_run_holds_is_blind():
-    lines = report.spread(baseline({"a": timing(1.0)}), STAMPS)
-    assert "| **all** | 0 | | | | | | |" in lines
-    assert any(line.startswith("- `a`: half range unknown") for line in lines)
-
-
-def test_the_spread_has_a_column_of_one_card():
-    """Of the cards that have two runs or more the median one's, and detectable slowdowns on the card of the newest run."""
-    seconds = {"A 1": (1.0, 1.002), "B 1": (1.1, 1.1088), "C 1": (1.2, 1.2012), "D 1": (1.3,)}
-    sessions = [session for session, values in seconds.items() for _ in values]
-    runs = [{f"c{i}": timing(value) for i in range(6)} for values in seconds.values() for value in values]
-    before = baseline(*runs, sessions=sessions)
-    assert report.half_ranges_on_a_card(before) == {f"c{i}": pytest.approx(0.001 / 1.001) for i in range(6)}
-    row = next(line for line in report.spread(before, STAMPS) if line.startswith("| **all**"))
-    mde = detectable(before.on("D"), STAMPS)["c0"]
-    assert row.split(" | ")[1:] == ["6", "0%", "0%", "13.53%", "13.53%", "0.10%", f"{mde:.2%} |"]
-    assert mde < 0.05 < detectable(before.on("GPU-9"), STAMPS)["c0"]
 
 
 def test_accepted_runs_are_listed_with_their_wall_time_and_reason(tmp_path):
