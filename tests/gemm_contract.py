@@ -62,7 +62,7 @@ def _codes(problem: GemmProblem, device: str) -> GemmInputs:
     w = values[(5 * columns + rows) % 16] * powers
     x = torch.zeros(m, k, device=device)
     x[torch.arange(m), (37 * torch.arange(m) + k // 3) % k] = 1.5
-    return GemmInputs(x.to(problem.mode.dtype), w.bfloat16())
+    return GemmInputs(x.to(problem.mode.dtype), w.to(problem.mode.weight_dtype))
 
 
 def _zeros(problem: GemmProblem, device: str) -> GemmInputs:

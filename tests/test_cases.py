@@ -91,7 +91,7 @@ def test_cases_of_one_shape_follow_each_other():
     [
         ("models", "gpt-5", r"unknown model 'gpt-5': known are llama3.3-70b, .*config.json"),
         ("formats", "fp3", "unknown format 'fp3': known are mxfp4, nvfp4, or all"),
-        ("modes", "w2a2", "unknown mode 'w2a2': known are bf16, fp8, w4a16"),
+        ("modes", "w2a2", "unknown mode 'w2a2': known are bf16, fp16, fp8, w4a16"),
         ("providers", "nobody", "unknown provider 'nobody': known are torch, eager"),
         ("had_sizes", "48", "unknown Hadamard size '48': known are none, 16, 32, 64, 128, or all"),
         ("batch_sizes", "0", "batch size '0' is not a positive whole number"),

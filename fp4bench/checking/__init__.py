@@ -74,10 +74,11 @@ def _rounding_bound(
     # Products of decoded operands are exact in float32. An addition to a partial sum s errs by at most u |s|, and the errors of
     # many behave like a random walk (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019); so do the partial sums of our random
     # inputs, which stay within 6 times the spread. Hence 6 u sqrt(additions) * 6 spread, and for the store the unit roundoff of
-    # its dtype: 2**-8 of bfloat16, 2**-11 of float16.
+    # its dtype: 2**-8 of bfloat16, 2**-11 of float16, and of what lies below the normal numbers half a step, 2**-25 of float16.
     additions = max(1.0, k / accumulation.terms)
     summation = 36 * 2.0**-accumulation.bits * additions**0.5 * spread
-    return summation + torch.finfo(stored).eps / 2 * (want.abs() + summation)
+    of_store = torch.finfo(stored)
+    return summation + of_store.eps / 2 * (want.abs() + summation).clamp(min=of_store.smallest_normal)
 
 
 def _operand(problem: GemmProblem, element: str, tensor: torch.Tensor, rule: ScaleRule | None) -> Operand:

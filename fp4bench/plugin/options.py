@@ -25,7 +25,7 @@ SELECTION = {
     "per-out-ch": "whether a row of weights has one: no, yes",
     "fp8-blocks": "FP8 scales by blocks instead: none, 128",
     "formats": "FP4 formats: mxfp4, nvfp4",
-    "modes": "modes: bf16, fp8, w4a16, w4a16_fp16, w4a8, w4a4, w4a4_noquant",
+    "modes": "modes: bf16, fp16, fp8, w4a16, w4a16_fp16, w4a8, w4a4, w4a4_noquant",
     "providers": "providers",
 }
 

@@ -12,7 +12,7 @@ from fp4bench.problems.operands import fp4_bytes, join_case_id, normal
 
 @dataclass(frozen=True)
 class GemmInputs:
-    """x (m, k) in the mode's dtype and w bfloat16 (n, k), before any quantization."""
+    """x (m, k) in the mode's dtype and w (n, k), before any quantization: bfloat16, but float16 in mode fp16."""
 
     x: torch.Tensor
     w: torch.Tensor
@@ -78,7 +78,8 @@ class GemmProblem:
     def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> GemmInputs:
         """Normal values from `seed`; w is scaled by k**-0.5 so that outputs stay near 1. Devices draw different values."""
         x = normal(self.m, self.k, device, 2 * seed).to(self.mode.dtype)
-        return GemmInputs(x, normal(self.n, self.k, device, 2 * seed + 1) * self.k**-0.5)
+        w = normal(self.n, self.k, device, 2 * seed + 1) * self.k**-0.5
+        return GemmInputs(x, w.to(self.mode.weight_dtype))
 
     def copy(self, inputs: GemmInputs, number: int) -> GemmInputs:
         """Inputs of the same work elsewhere in memory; those of a GEMM have the same values."""

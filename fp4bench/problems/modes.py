@@ -32,8 +32,8 @@ class Mode:
     """
 
     name: str
-    weights: str  # "fp4", "fp8" or "bf16"
-    activations: str  # or "fp16"
+    weights: str  # "fp4", "fp8", "bf16" or "fp16"
+    activations: str
     quantizes: bool = False
     accumulation: Accumulation = FLOAT32_SUMS
 
@@ -44,6 +44,11 @@ class Mode:
     def dtype(self) -> torch.dtype:
         """Of x before any quantization, and of the output."""
         return torch.float16 if self.activations == "fp16" else torch.bfloat16
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of w before any quantization."""
+        return torch.float16 if self.weights == "fp16" else torch.bfloat16
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A mode of `MODES` is the same object in every process, so that `is` holds in workers too."""
@@ -56,9 +61,10 @@ W4A8 = Mode("w4a8", "fp4", "fp8", quantizes=True, accumulation=FP8_SUMS)
 W4A16 = Mode("w4a16", "fp4", "bf16")
 W4A16_FP16 = Mode("w4a16_fp16", "fp4", "fp16")
 BF16 = Mode("bf16", "bf16", "bf16")
+FP16 = Mode("fp16", "fp16", "fp16")
 FP8 = Mode("fp8", "fp8", "fp8", accumulation=FP8_SUMS)
 
-MODES = {mode.name: mode for mode in (BF16, FP8, W4A16, W4A16_FP16, W4A8, W4A4, W4A4_NOQUANT)}
+MODES = {mode.name: mode for mode in (BF16, FP16, FP8, W4A16, W4A16_FP16, W4A8, W4A4, W4A4_NOQUANT)}
 
 
 def _mode(name: str) -> Mode:

@@ -1,4 +1,4 @@
-"""Humming (the package humming-kernels): FP4 weights times bfloat16 or FP8 activations, compiled at the first call of a layer.
+"""Humming (humming-kernels): FP4 weights times bfloat16, float16 or FP8 activations, compiled at the first call of a layer.
 
 Weights are quantized by this package's rules and handed over as checkpoints hold them, MXFP4 row-major and NVFP4 as ModelOpt
 stores it, which versions read alike (0.1.10 and 0.1.19); NVFP4's tensor scale has the decode sense, 1 / S. Humming lays them
@@ -7,10 +7,13 @@ out once, padded as vLLM pads them, and chooses its launch for each m.
 FP8 activations get a float32 scale a row, amax / 448, within the call. MXFP4 weights then become E4M3 by one scale a tensor:
 exact while the block scales of a tensor lie within 11 binades; Humming rounds the blocks below.
 
-Where several thread blocks share an output, they add their parts up in bfloat16, in memory: outputs are less exact than
+Beside float16 activations MXFP4 scales have 5 bits of exponent: exact while those of a tensor lie within 29 binades, of which
+Humming keeps the upper ones.
+
+Where several thread blocks share an output, they add their parts up in its own type, in memory: outputs are less exact than
 float32 sums, and the less the fewer tiles there are for all of them (NVIDIA H200, n = 128, k = 1344, where 21 blocks can share
-a tile, x with outliers: 0.24 of the spread; n = 384, k = 256: 0.01). FP8 activations are multiplied by the reciprocal of their
-scale, where the reference divides: ties round either way (`fp4bench.checking.ties`).
+a tile, x with outliers, bfloat16: 0.24 of the spread; n = 384, k = 256: 0.01). FP8 activations are multiplied by the reciprocal
+of their scale, where the reference divides: ties round either way (`fp4bench.checking.ties`).
 """
 
 import os
@@ -31,7 +34,7 @@ _CHECKPOINTS = {
     MXFP4.name: {"quant_method": "mxfp4"},
     NVFP4.name: {"quant_method": "modelopt", "quant_algo": "nvfp4"},
 }
-_ACTIVATIONS = {"bf16": None, "fp8": {"dtype": "float8e4m3"}}
+_ACTIVATIONS = {"bf16": None, "fp16": None, "fp8": {"dtype": "float8e4m3"}}
 
 # vLLM's choice (0.26.0). Humming's tiles are powers of two, and its kernels skip the padding.
 _PAD = {"pad_n_to_multiple": 256, "pad_k_to_multiple": 128}
@@ -45,7 +48,8 @@ class HummingProvider:
 
     name = "humming"
     ops = ("gemm", "moe")
-    modes = ("w4a16", "w4a8")
+    modes = ("w4a16", "w4a16_fp16", "w4a8")
+    moe_modes = ("w4a16", "w4a8")
     rules: Mapping[str, tuple[ScaleRule, ...]] = {MXFP4.name: (ScaleRule.FLOOR,), NVFP4.name: (ScaleRule.TWO_LEVEL,)}
 
     def __init__(self) -> None:
@@ -55,8 +59,10 @@ class HummingProvider:
         assert isinstance(problem, GemmProblem | MoeProblem)
         if self.version is None:
             return "humming-kernels is not installed"
-        if device.capability is None or device.capability < (8, 0):
-            return f"Humming needs a CUDA GPU of compute capability 8.0 or later for bfloat16, which {device.name} is not"
+        dtype, oldest = ("float16", (7, 5)) if problem.mode.dtype is torch.float16 else ("bfloat16", (8, 0))
+        if device.capability is None or device.capability < oldest:
+            needed = "{}.{}".format(*oldest)
+            return f"Humming needs a CUDA GPU of compute capability {needed} or later for {dtype}, which {device.name} is not"
         fp8 = problem.mode.activations == "fp8"
         if fp8 and not device.has_fp8:
             return f"{device.name} has no FP8 tensor cores (compute capability 8.9 or later)"
@@ -73,12 +79,14 @@ class HummingProvider:
         return None
 
     def accumulation(self, problem: GemmProblem | MoeProblem, device: Device) -> Accumulation:
-        """Roundings to bfloat16 of partial sums within 6 times the spread, 6 * 2**-9 each, one of each part of k.
+        """Roundings to the output's type of partial sums within 6 times the spread, one of each part of k.
 
-        Six of them are one addition of 9 bits (36 * 2**-9), as `fp4bench.checking` counts; p of them are (p / 6)**2.
+        bfloat16 errs by 6 * 2**-9 each; six of them are one addition of 9 bits (36 * 2**-9), as `fp4bench.checking` counts, and
+        p of them are (p / 6)**2. float16 has three bits more.
         """
+        bits = 12 if problem.mode.dtype is torch.float16 else 9
         parts = _parts(problem, device) if isinstance(problem, GemmProblem) else 1
-        return Accumulation(bits=9, terms=max(1, int(problem.k / max(1.0, parts / 6) ** 2)))
+        return Accumulation(bits=bits, terms=max(1, int(problem.k / max(1.0, parts / 6) ** 2)))
 
     def prepare(self, problem: Any, inputs: Any) -> Runner:
         rule = self.rules[problem.format.name][0]
@@ -116,7 +124,7 @@ def _options(problem: GemmProblem | MoeProblem) -> dict[str, Any]:
     return {
         "weight_config": dict(_CHECKPOINTS[problem.format.name]),
         "input_config": activations and dict(activations),
-        "torch_dtype": torch.bfloat16,
+        "torch_dtype": problem.mode.dtype,
         **_PAD,
     }
 

@@ -1,4 +1,4 @@
-"""torch's own matrix products without FP4: BF16, the baseline of every speed-up, and FP8 with a scale a row."""
+"""torch's own matrix products without FP4: BF16, the baseline of every speed-up, FP16, and FP8 with a scale a row."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +14,12 @@ from fp4bench.quantize import quantize_fp8_rows
 
 
 class TorchProvider:
-    """BF16 by `x @ w.T`; FP8 E4M3 by `torch._scaled_mm`, row-wise, both operands quantized before."""
+    """BF16 and FP16 by `x @ w.T`; FP8 E4M3 by `torch._scaled_mm`, row-wise, both operands quantized before."""
 
     name = "torch"
     version: str = torch.__version__
     ops: tuple[str, ...] = ("gemm", "moe")
-    modes: tuple[str, ...] = ("bf16", "fp8")
+    modes: tuple[str, ...] = ("bf16", "fp16", "fp8")
     moe_modes = ("bf16",)
     rules: Mapping[str, tuple[ScaleRule, ...]] = {}
     _fast = False
@@ -27,7 +27,7 @@ class TorchProvider:
     def why_not(self, problem: Problem, device: Device) -> str | None:
         if isinstance(problem, MoeProblem):
             return why_not_moe(problem, device)
-        if not isinstance(problem, GemmProblem) or problem.mode.name == "bf16":
+        if not isinstance(problem, GemmProblem) or problem.mode.name != "fp8":
             return None
         if not device.has_fp8:
             return f"{device.name} has no FP8 tensor cores (compute capability 8.9 or later)"
@@ -39,7 +39,7 @@ class TorchProvider:
         if isinstance(problem, MoeProblem):
             return prepare_moe(problem, inputs)
         assert isinstance(problem, GemmProblem)
-        if problem.mode.name == "bf16":
+        if problem.mode.name != "fp8":
             return lambda: inputs.x @ inputs.w.T
         return _scaled_mm(inputs, self._fast)
 

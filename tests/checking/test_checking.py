@@ -16,6 +16,7 @@ from fp4bench.problems import (
     BF16,
     FP8,
     FP8_SUMS,
+    FP16,
     W4A4,
     W4A4_NOQUANT,
     W4A8,
@@ -80,6 +81,18 @@ def test_a_product_of_float16_has_three_more_bits():
         check(problem, inputs, None, out.bfloat16().half())
     with pytest.raises(WrongResultError, match=r"^output is torch.bfloat16 \(48, 40\), not torch.float16 \(48, 40\)$"):
         check(problem, inputs, None, out.bfloat16())
+
+
+def test_float16_below_its_normal_numbers_is_rounded_to_a_step():
+    """Sums of about 2**-17, of which float16 keeps eight bits: right, and not right when they are a step off."""
+    problem = gemm_problem(FP16)
+    inputs = problem.inputs()
+    inputs = GemmInputs(inputs.x * 2.0**-9, inputs.w * 2.0**-9)
+    out = (inputs.x.double() @ inputs.w.double().T).half()
+    assert out.abs().max() < torch.finfo(torch.float16).smallest_normal
+    assert check(problem, inputs, None, out).exact
+    with pytest.raises(WrongResultError, match=r"^output is wrong in "):
+        check(problem, inputs, None, out + 2.0**-24)
 
 
 @pytest.mark.parametrize("hadamard", [None, 64])

@@ -53,7 +53,7 @@ def test_each_reason_is_given_once_with_all_that_it_keeps_from_running():
 
 def test_the_device_decides():
     assert providers.describe(TorchProvider(), CPU)[-2:] == [
-        "  here         2 of 3 kinds of work; not",
+        "  here         3 of 4 kinds of work; not",
         "    fp8: Some CPU has no FP8 tensor cores (compute capability 8.9 or later)",
     ]
     assert providers.describe(TorchProvider(), H200)[-2:] == ["  scale rules  -", "  here         all of it"]
@@ -98,11 +98,11 @@ def test_the_table_tells_what_runs_here():
             return "it needs a GPU" if problem.op == "gemm" else "it needs a driver"
 
     assert providers.table([TorchProvider(), Picky(), Far(), Idle()], H200) == [
-        "provider  formats       modes        version" + " " * (len(TorchProvider.version) - 7) + "  here",
-        f"torch     -             bf16, fp8    {TorchProvider.version}  yes",
-        f"picky     mxfp4, nvfp4  w4a16, w4a4  {'-':<{len(TorchProvider.version)}}  partly",
-        f"far       mxfp4, nvfp4  w4a16, w4a4  {'1.2':<{len(TorchProvider.version)}}  it needs a GPU",
-        f"idle      mxfp4, nvfp4  w4a16, w4a4  {'-':<{len(TorchProvider.version)}}  it declares no work",
+        "provider  formats       modes            version" + " " * (len(TorchProvider.version) - 7) + "  here",
+        f"torch     -             bf16, fp16, fp8  {TorchProvider.version}  yes",
+        f"picky     mxfp4, nvfp4  w4a16, w4a4      {'-':<{len(TorchProvider.version)}}  partly",
+        f"far       mxfp4, nvfp4  w4a16, w4a4      {'1.2':<{len(TorchProvider.version)}}  it needs a GPU",
+        f"idle      mxfp4, nvfp4  w4a16, w4a4      {'-':<{len(TorchProvider.version)}}  it declares no work",
     ]
 
 

@@ -14,6 +14,7 @@ from fp4bench.problems import (
     BATCH_SIZES,
     BF16,
     FP8,
+    FP16,
     MODES,
     W4A4,
     W4A4_NOQUANT,
@@ -32,6 +33,7 @@ QUANTIZE = QuantizeProblem("llama3.3-70b", "down", tp=8, m=16, k=3584, format=NV
 CASE_IDS = [
     (replace(QKV, mode=W4A4, format=MXFP4, hadamard=64), "triton", "gemm-mxfp4-w4a4-had64-triton-llama3.3-70b.qkv.tp1-m1024"),
     (QKV, "torch", "gemm-bf16-torch-llama3.3-70b.qkv.tp1-m1024"),
+    (replace(QKV, mode=FP16), "torch", "gemm-fp16-torch-llama3.3-70b.qkv.tp1-m1024"),
     (replace(QKV, mode=FP8), "torch", "gemm-fp8-torch-llama3.3-70b.qkv.tp1-m1024"),
     (
         replace(QKV, mode=W4A4_NOQUANT, format=NVFP4, tp=8, m=1),
@@ -55,7 +57,7 @@ def test_case_id(problem, provider, case_id):
 
 def test_modes_are_known_by_name():
     assert {name: str(mode) for name, mode in MODES.items()} == {name: name for name in MODES}
-    assert set(MODES) == {"bf16", "fp8", "w4a16", "w4a16_fp16", "w4a8", "w4a4", "w4a4_noquant"}
+    assert set(MODES) == {"bf16", "fp16", "fp8", "w4a16", "w4a16_fp16", "w4a8", "w4a4", "w4a4_noquant"}
 
 
 def test_case_ids_are_unique():
@@ -89,6 +91,7 @@ def test_flops_are_two_a_product():
     ("mode", "fmt", "expected"),
     [
         (BF16, None, 167_772_160 + 262_144 + 327_680),
+        (FP16, None, 167_772_160 + 262_144 + 327_680),
         (FP8, None, 83_927_040 + 131_136 + 327_680),
         (W4A16, MXFP4, 44_564_480 + 262_144 + 327_680),
         (W4A16, NVFP4, 47_185_924 + 262_144 + 327_680),
@@ -200,7 +203,7 @@ def test_a_gemm_of_nothing_is_refused(shape):
 
 @pytest.mark.parametrize(("mode", "fmt"), list(product(MODES.values(), (None, MXFP4, NVFP4))), ids=str)
 def test_a_gemm_has_an_fp4_format_where_its_weights_are_fp4(mode, fmt):
-    if (mode in (BF16, FP8)) == (fmt is None):
+    if (mode in (BF16, FP16, FP8)) == (fmt is None):
         assert replace(QKV, mode=mode, format=fmt).format is fmt
         return
     reason = "needs an FP4 format" if fmt is None else "has no FP4 format"

@@ -58,8 +58,8 @@ def test_every_provider_has_its_cases(cases):
     mx_nv = ("mxfp4", "nvfp4")
     both = ("w4a4", "w4a4_noquant")
     assert able["vllm_marlin"] == {(fmt, "w4a16", None) for fmt in mx_nv} | {("nvfp4", "w4a16_fp16", None)}
-    assert able["humming"] == {("mxfp4", "w4a16", None), ("nvfp4", "w4a16", None), ("mxfp4", "w4a8", None)}
-    assert able["gemlite"] == able["humming"]
+    assert able["gemlite"] == {("mxfp4", "w4a16", None), ("nvfp4", "w4a16", None), ("mxfp4", "w4a8", None)}
+    assert able["humming"] == able["gemlite"] | {(fmt, "w4a16_fp16", None) for fmt in mx_nv}
     assert able["triton_kernels"] == {("mxfp4", "w4a16", None)}
     assert able["vllm_cutlass"] == {("nvfp4", mode, None) for mode in both}
     assert able["flashinfer_cutlass"] == able["flashinfer_cudnn"] == able["vllm_cutlass"]

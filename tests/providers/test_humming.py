@@ -11,12 +11,13 @@ from fp4bench import providers as registry
 from fp4bench.checking import check
 from fp4bench.devices import Device
 from fp4bench.formats import MXFP4, NVFP4, e2m1
-from fp4bench.problems import W4A8, W4A16, GemmInputs, GemmProblem
+from fp4bench.problems import W4A8, W4A16, W4A16_FP16, GemmInputs, GemmProblem
 from fp4bench.providers import why_not
 from fp4bench.providers.humming import _CHECKPOINTS, HummingProvider
 from fp4bench.quantize import decode_fp8_rows, quantize_fp8_rows
 
 CPU = Device("cpu", "Some CPU")
+T4 = Device("cuda:0", "NVIDIA T4", (7, 5), 40, 4 << 20)
 A100 = Device("cuda:0", "NVIDIA A100", (8, 0), 108, 40 << 20)
 H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 
@@ -33,7 +34,8 @@ class HummingLayer:
         num_experts=None, has_bias=False, torch_dtype=None,
     ):  # fmt: skip
         assert (pad_n_to_multiple, pad_k_to_multiple) == (256, 128)
-        assert (num_experts, has_bias, torch_dtype) == (None, False, torch.bfloat16)
+        assert (num_experts, has_bias) == (None, False)
+        self.dtype = torch_dtype
         self.shape, self.weight_config, self.input_config = (shape_n, shape_k), weight_config, input_config
         self.transformed = False
         weight_config["written"] = True  # as the real one writes defaults into it
@@ -60,9 +62,10 @@ class HummingLayer:
 
     def __call__(self, inputs):
         assert self.transformed
+        assert inputs.dtype == self.dtype
         x = decode_fp8_rows(quantize_fp8_rows(inputs)) if self.input_config else inputs
         assert self.input_config in (None, {"dtype": "float8e4m3"})
-        return (x.double() @ self.w.T).bfloat16()
+        return (x.double() @ self.w.T).to(self.dtype)
 
 
 @pytest.fixture
@@ -76,7 +79,11 @@ def humming(monkeypatch):
     return HummingProvider()
 
 
-@pytest.mark.parametrize(("mode", "fmt"), [(W4A16, MXFP4), (W4A16, NVFP4), (W4A8, MXFP4)], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "fmt"),
+    [(W4A16, MXFP4), (W4A16, NVFP4), (W4A16_FP16, MXFP4), (W4A16_FP16, NVFP4), (W4A8, MXFP4)],
+    ids=str,
+)
 def test_it_hands_over_a_checkpoint(mode, fmt, humming):
     for problem in (gemm(mode, fmt), gemm(mode, fmt, m=1, n=8, k=32)):
         assert why_not(humming, problem, H200) is None
@@ -93,6 +100,7 @@ def test_the_bound_widens_where_many_thread_blocks_share_an_output(humming):
     assert terms[0] == 1024
     assert (1344 / terms[1]) ** 0.5 == pytest.approx(21 / 6, rel=0.01)
     assert terms[2] == 8192  # 5 parts
+    assert [humming.accumulation(gemm(mode), H200).bits for mode in (W4A16, W4A16_FP16)] == [9, 12]
 
 
 def test_each_layer_gets_its_own_configuration(humming):
@@ -113,6 +121,13 @@ def test_humming_never_takes_itself_to_be_under_test(humming, monkeypatch):
     [
         (gemm(), CPU, "Humming needs a CUDA GPU of compute capability 8.0 or later for bfloat16, which Some CPU is not"),
         (gemm(), A100, None),
+        (gemm(), T4, "Humming needs a CUDA GPU of compute capability 8.0 or later for bfloat16, which NVIDIA T4 is not"),
+        (gemm(W4A16_FP16), T4, None),
+        (
+            gemm(W4A16_FP16),
+            CPU,
+            "Humming needs a CUDA GPU of compute capability 7.5 or later for float16, which Some CPU is not",
+        ),
         (gemm(W4A8), A100, "NVIDIA A100 has no FP8 tensor cores (compute capability 8.9 or later)"),
         (gemm(W4A8), H200, None),
         (gemm(W4A8, NVFP4), H200, "Humming takes at least 32 weights a scale beside FP8 activations, and NVFP4 has 16"),

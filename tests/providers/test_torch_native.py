@@ -5,7 +5,7 @@ import torch
 
 from fp4bench.checking import check
 from fp4bench.devices import Device
-from fp4bench.problems import BF16, FP8, GemmProblem
+from fp4bench.problems import BF16, FP8, FP16, GemmProblem
 from fp4bench.providers import why_not
 from fp4bench.providers.torch_native import TorchFastFp8Provider, TorchProvider
 
@@ -22,9 +22,10 @@ def problem(mode, m=16, n=64, k=128):
 
 
 @pytest.mark.parametrize("device", [CPU, A100, RTX_4090, H200], ids=str)
-def test_bf16_runs_anywhere_in_any_shape(device):
-    assert TORCH.why_not(problem(BF16), device) is None
-    assert TORCH.why_not(problem(BF16, m=1, n=51, k=205), device) is None
+@pytest.mark.parametrize("mode", [BF16, FP16], ids=str)
+def test_sixteen_bits_run_anywhere_in_any_shape(mode, device):
+    assert TORCH.why_not(problem(mode), device) is None
+    assert TORCH.why_not(problem(mode, m=1, n=51, k=205), device) is None
 
 
 @pytest.mark.parametrize(
@@ -46,12 +47,14 @@ def test_fp8_says_why_not(device, shape, reason):
     assert TORCH.why_not(problem(FP8, **shape), device) == reason
 
 
+@pytest.mark.parametrize(("mode", "dtype"), [(BF16, torch.bfloat16), (FP16, torch.float16)], ids=str)
 @pytest.mark.parametrize("m", [1, 127, 129])
-def test_bf16_is_right(m):
-    gemm = problem(BF16, m=m, n=51, k=205)
+def test_sixteen_bits_are_right(m, mode, dtype):
+    gemm = problem(mode, m=m, n=51, k=205)
     inputs = gemm.inputs()
+    assert inputs.w.dtype == dtype
     out = TORCH.prepare(gemm, inputs)()
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == dtype
     assert check(gemm, inputs, None, out).rows == m
 
 
