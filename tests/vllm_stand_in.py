@@ -94,6 +94,14 @@ CUTLASS_MOE = (
         "Tensor input_offset_by_experts, Tensor output_scale_offset_by_experts) -> ()"
         for name in ("scaled_fp4_experts_quant", "silu_and_mul_scaled_fp4_experts_quant")
     ),
+    "cutlass_mxfp4_group_mm(Tensor! out, Tensor a, Tensor b, Tensor a_blockscale, Tensor b_blockscales, "
+    "Tensor problem_sizes, Tensor expert_offsets, Tensor sf_offsets) -> ()",
+    *(
+        f"{name}(Tensor! output, Tensor! output_scale, Tensor input, Tensor input_offset_by_experts, "
+        "Tensor output_scale_offset_by_experts, int n_experts) -> ()"
+        for name in ("mxfp4_experts_quant", "silu_and_mul_mxfp4_experts_quant")
+    ),
+    "mxfp4_experts_quant_supported(int cuda_device_capability) -> bool",
 )
 
 _count = 0

@@ -1,4 +1,5 @@
-"""vLLM's CUTLASS product of two NVFP4 operands, for Blackwell: `scaled_fp4_quant` and `cutlass_scaled_fp4_mm`.
+"""vLLM's CUTLASS product of two NVFP4 operands, for Blackwell: `scaled_fp4_quant` and `cutlass_scaled_fp4_mm`; experts of MXFP4
+too.
 
 Weights are quantized by this package's TWO_LEVEL rule, their scales in the 128 x 4 blocked layout, padded with zeros. In mode
 w4a4 activations are quantized within the call, by vLLM's kernel, with an encode scale that is known beforehand, as vLLM serves
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from fp4bench.devices import Device
-from fp4bench.formats import NVFP4, ScaleRule, layouts
+from fp4bench.formats import MXFP4, NVFP4, ScaleRule, layouts
 from fp4bench.problems import Accumulation, GemmProblem, MoeProblem, Problem
 from fp4bench.providers import Runner, vllm_ops
 from fp4bench.providers.vllm_cutlass_moe import prepare_moe, why_not_moe
@@ -24,13 +25,13 @@ _SUPPORTS, _MULTIPLY, _QUANTIZE = "cutlass_scaled_mm_supports_fp4", "cutlass_sca
 
 
 class VllmCutlassProvider:
-    """NVFP4 (TWO_LEVEL) by `torch.ops._C.cutlass_scaled_fp4_mm`; it does not rotate."""
+    """NVFP4 (TWO_LEVEL) by `torch.ops._C.cutlass_scaled_fp4_mm`, which does not rotate; experts of NVFP4 and MXFP4 (EVEN)."""
 
     name = "vllm_cutlass"
     ops = ("gemm", "moe")
     modes = ("w4a4", "w4a4_noquant")
     moe_modes = ("w4a4",)
-    rules: Mapping[str, tuple[ScaleRule, ...]] = {NVFP4.name: (ScaleRule.TWO_LEVEL,)}
+    rules: Mapping[str, tuple[ScaleRule, ...]] = {NVFP4.name: (ScaleRule.TWO_LEVEL,), MXFP4.name: (ScaleRule.EVEN,)}
 
     def __init__(self) -> None:
         self.version = vllm_ops.MAIN.version()
@@ -41,6 +42,8 @@ class VllmCutlassProvider:
         if isinstance(problem, MoeProblem):
             return why_not_moe(problem, device.capability)
         assert isinstance(problem, GemmProblem)
+        if problem.format is MXFP4:
+            return "vLLM's CUTLASS has MXFP4 for experts alone"
         if problem.hadamard:
             return "vLLM's CUTLASS FP4 has no rotation"
         if problem.n % 32 or problem.k % 32:
@@ -53,12 +56,13 @@ class VllmCutlassProvider:
         return None
 
     def accumulation(self, problem: GemmProblem | MoeProblem, device: Device) -> Accumulation | None:
-        """Its quantizer divides by an approximate reciprocal, so that some scales are the neighbours of the right ones."""
-        return Accumulation(bits=9, terms=problem.k) if problem.mode.quantizes else None
+        """NVFP4's quantizer divides by an approximate reciprocal, so that some scales are the neighbours of the right ones."""
+        return Accumulation(bits=9, terms=problem.k) if problem.mode.quantizes and problem.format is NVFP4 else None
 
     def prepare(self, problem: Any, inputs: Any) -> Runner:
         if isinstance(problem, MoeProblem):
-            return prepare_moe(problem, inputs)
+            assert problem.format is not None
+            return prepare_moe(problem, inputs, self.rules[problem.format.name][0])
         x, w = (quantize(operand, NVFP4) for operand in (inputs.x, inputs.w))
         multiply = _multiplier(problem, x, w)
         if not problem.mode.quantizes:

@@ -1,9 +1,16 @@
-"""MoE layers of two NVFP4 operands by CUTLASS: the part of the provider `vllm_cutlass`, as vLLM 0.26.0's `run_cutlass_moe_fp4`.
+"""MoE layers of two FP4 operands by CUTLASS: the part of the provider `vllm_cutlass`, as `run_cutlass_moe_fp4` and
+`run_cutlass_moe_mxfp4` of vLLM 0.26.0.
 
 Rows are brought into the order of their experts, quantized, multiplied by each expert's weights, gated and quantized in one
-kernel, multiplied again, and brought back. Encode scales of both activations are known beforehand, as vLLM serves them: of x
-its own, of what lies between the products that of these inputs, which float32 products find once. vLLM allocates scales for
-163,840 tokens an expert on each call (560 MiB for 8 experts a token and k = 7168); here they are as many as there can be.
+kernel, multiplied again, and brought back. NVFP4's encode scales of both activations are known beforehand, as vLLM serves them:
+of x its own, of what lies between the products that of these inputs, which float32 products find once. vLLM allocates scales
+for 163,840 tokens an expert on each call (560 MiB for 8 experts a token and k = 7168); here they are as many as there can be.
+
+Scales of MXFP4 are by EVEN: the machine code of 0.26.0 for compute capability 10.0 adds 2**21 to the bits of amax. Versions
+before https://github.com/vllm-project/vllm/pull/43557 had another rule.
+
+Products find an expert's scales as if no tile were padded, n * k / block after those of the expert before, and the quantizer
+stores them in whole tiles: of experts whose sizes fill none, all but the first would be multiplied by others' scales.
 
 Not run on a GPU so far: the calls are compared with the schemas of the libraries.
 """
@@ -14,48 +21,83 @@ from typing import Any
 
 import torch
 
-from fp4bench.formats import NVFP4, layouts
+from fp4bench.formats import MXFP4, NVFP4, BlockFormat, ScaleRule, layouts
 from fp4bench.problems import ExpertWeights, MoeInputs, MoeProblem
 from fp4bench.providers import Phased, Runner, vllm_moe, vllm_ops
 from fp4bench.quantize import decode, quantize
 
-_DATA, _MULTIPLY, _QUANTIZE = "get_cutlass_moe_mm_data", "cutlass_fp4_group_mm", "scaled_fp4_experts_quant"
-_SILU, _SHUFFLE = "silu_and_mul_scaled_fp4_experts_quant", "shuffle_rows"
+_DATA, _SHUFFLE, _MX_SUPPORTED = "get_cutlass_moe_mm_data", "shuffle_rows", "mxfp4_experts_quant_supported"
 _TILE = 128  # rows of a tile of scales, to which each expert's are padded
 _LARGEST = 448.0 * 6.0  # block scale times code: what a tensor's largest value becomes
 
 
+@dataclass(frozen=True)
+class _Names:
+    """A format's operators, and what the sizes of experts are multiples of that fill their tiles of scales, 128 rows of 4."""
+
+    multiply: str
+    quantize: str
+    silu: str
+    hidden: int
+    intermediate: int
+
+
+_OF = {
+    NVFP4.name: _Names(
+        "cutlass_fp4_group_mm", "scaled_fp4_experts_quant", "silu_and_mul_scaled_fp4_experts_quant", hidden=128, intermediate=64
+    ),
+    MXFP4.name: _Names(
+        "cutlass_mxfp4_group_mm", "mxfp4_experts_quant", "silu_and_mul_mxfp4_experts_quant", hidden=128, intermediate=128
+    ),
+}
+
+
 def why_not_moe(problem: MoeProblem, capability: tuple[int, int]) -> str | None:
     """What keeps `prepare_moe` from a problem, or None."""
+    assert problem.format is not None
     if problem.bias:
-        return "vLLM's NVFP4 experts by CUTLASS have no bias"
-    if problem.hidden % 32 or problem.intermediate % 32:
-        sizes = f"{problem.hidden} and {problem.intermediate}"
-        return f"vLLM's CUTLASS FP4 takes experts with sizes that are multiples of 32, not {sizes}"
-    gates = _SILU if problem.activation.limit is None else vllm_moe.gate_operator(problem.activation)
-    return vllm_ops.MAIN.why_not(capability, _DATA, _MULTIPLY, _QUANTIZE, gates) or vllm_ops.MOE.why_not(capability, _SHUFFLE)
+        return "vLLM's FP4 experts by CUTLASS have no bias"
+    names = _OF[problem.format.name]
+    if problem.hidden % names.hidden or problem.intermediate % names.intermediate:
+        return (
+            f"vLLM's CUTLASS would take other experts' {problem.format} scales where the hidden size is no multiple of "
+            f"{names.hidden} or the intermediate size none of {names.intermediate}, as here, {problem.hidden} and "
+            f"{problem.intermediate}: https://github.com/vllm-project/vllm/pull/35497"
+        )
+    gates = names.silu if problem.activation.limit is None else vllm_moe.gate_operator(problem.activation)
+    operators = (_DATA, names.multiply, names.quantize, gates, *([_MX_SUPPORTED] if problem.format is MXFP4 else []))
+    if reason := vllm_ops.MAIN.why_not(capability, *operators) or vllm_ops.MOE.why_not(capability, _SHUFFLE):
+        return reason
+    major, minor = capability
+    if problem.format is MXFP4 and not vllm_ops.MAIN.operator(_MX_SUPPORTED)(10 * major + minor):
+        return f"this vLLM says that its MXFP4 experts do not run on compute capability {major}.{minor}"
+    return None
 
 
-def prepare_moe(problem: MoeProblem, inputs: MoeInputs) -> Runner:
+def prepare_moe(problem: MoeProblem, inputs: MoeInputs, rule: ScaleRule) -> Runner:
     """Copies of the inputs share the weights; each has encode scales of its own."""
+    assert problem.format is not None
+    names, fmt = _OF[problem.format.name], problem.format
     x, pairs, device = inputs.x, problem.m * problem.topk, inputs.x.device
     if not pairs:
         return lambda: torch.empty_like(x)
-    first, second = inputs.weights.keep("vllm_cutlass", lambda: _layer(problem, inputs.weights))
+    first, second = inputs.weights.keep(("vllm_cutlass", fmt), lambda: _layer(inputs.weights, fmt, rule))
     order = _Order.of(problem, device)
     rows, sums = x.new_empty(pairs, problem.hidden), x.new_empty(pairs, 2 * problem.intermediate)
     parts, back = x.new_empty(pairs, problem.hidden), x.new_empty(pairs, problem.hidden)
     out = torch.empty_like(x)
-    x_scale = _encode_scale(x)
-    between_scale = _encode_scale(_between(problem, inputs))
-    x_operand = _Operand.empty(pairs, problem.hidden, problem.experts, x_scale, device)
-    between = _Operand.empty(pairs, problem.intermediate, problem.experts, between_scale, device)
+    x_scale = between_scale = None
+    if fmt.has_tensor_scale:
+        x_scale, between_scale = _encode_scale(x), _encode_scale(_between(problem, inputs))
+    x_operand = _Operand.empty(pairs, problem.hidden, problem.experts, fmt, x_scale, device)
+    between = _Operand.empty(pairs, problem.intermediate, problem.experts, fmt, between_scale, device)
 
     if problem.activation.limit is None:
-        activate = between.quantizer(_SILU, sums, order)
+        activate = between.quantizer(names.silu, sums, order)
     else:
         hidden = x.new_empty(pairs, problem.intermediate)
-        gate, quantize_hidden = vllm_moe.gate(sums, hidden, problem.activation), between.quantizer(_QUANTIZE, hidden, order)
+        gate = vllm_moe.gate(sums, hidden, problem.activation)
+        quantize_hidden = between.quantizer(names.quantize, hidden, order)
 
         def activate() -> None:
             gate(), quantize_hidden()
@@ -71,7 +113,7 @@ def prepare_moe(problem: MoeProblem, inputs: MoeInputs) -> Runner:
         {
             "route": order.filler(problem, inputs.topk_ids),
             "gather": _shuffler(x, order.there, rows),
-            "quantize": x_operand.quantizer(_QUANTIZE, rows, order),
+            "quantize": x_operand.quantizer(names.quantize, rows, order),
             "gemm1": first.product(x_operand, sums, order.first_sizes, order),
             "activation": activate,
             "gemm2": second.product(between, parts, order.second_sizes, order),
@@ -121,76 +163,88 @@ class _Order:
 
 @dataclass(frozen=True, eq=False)
 class _Operand:
-    """Quantized activations. codes: uint8 (pairs, k / 2). scales: int32 of four E4M3 each (rows in tiles, k / 64 in tiles).
+    """Quantized activations. codes: uint8 (pairs, k / 2).
 
-    encode_scale: float32 (experts), the same for all.
+    scales: int32 of four bytes each (rows in tiles, k / block / 4 in tiles).
+    encode_scale: of NVFP4, float32 (experts), the same for all.
     """
 
+    format: BlockFormat
+    experts: int
     codes: torch.Tensor
     scales: torch.Tensor
-    encode_scale: torch.Tensor
+    encode_scale: torch.Tensor | None
 
     @classmethod
-    def empty(cls, pairs: int, k: int, experts: int, encode_scale: torch.Tensor, device: torch.device) -> "_Operand":
+    def empty(
+        cls, pairs: int, k: int, experts: int, format: BlockFormat, encode_scale: torch.Tensor | None, device: torch.device
+    ) -> "_Operand":
         rows = -(-pairs // _TILE) * _TILE + min(pairs, experts) * _TILE
         codes = torch.empty(pairs, k // 2, dtype=torch.uint8, device=device)
-        scales = torch.zeros(rows, -(-k // NVFP4.block_size // 4), dtype=torch.int32, device=device)
-        return cls(codes, scales, encode_scale.reshape(1).repeat(experts))
+        scales = torch.zeros(rows, -(-k // format.block_size // 4), dtype=torch.int32, device=device)
+        each = None if encode_scale is None else encode_scale.reshape(1).repeat(experts)
+        return cls(format, experts, codes, scales, each)
 
     def quantizer(self, name: str, rows: torch.Tensor, order: _Order) -> Runner:
         operator = vllm_ops.MAIN.operator(name)
-        given = {
+        given: dict[str, Any] = {
             "output": self.codes,
             "output_scale": self.scales,
             "input": rows,
-            "input_global_scale": self.encode_scale,
             "input_offset_by_experts": order.offsets,
             "output_scale_offset_by_experts": order.scale_offsets,
         }
+        given |= {"n_experts": self.experts} if self.encode_scale is None else {"input_global_scale": self.encode_scale}
         arguments = vllm_ops.arguments(operator, given, {})
         return lambda: operator(*arguments)
 
 
 @dataclass(frozen=True, eq=False)
 class _Experts:
-    """codes: uint8 (experts, n, k / 2). scales: E4M3, blocked (experts, n in tiles, k / 16 in tiles), and float32 (experts)."""
+    """codes: uint8 (experts, n, k / 2). scales: uint8, blocked (experts, n in tiles, k / block in tiles).
+
+    encode_scales: of NVFP4, float32 (experts).
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
-    encode_scales: torch.Tensor
+    encode_scales: torch.Tensor | None
 
     def product(self, x: _Operand, out: torch.Tensor, sizes: torch.Tensor, order: _Order) -> Runner:
-        operator = vllm_ops.MAIN.operator(_MULTIPLY)
+        operator = vllm_ops.MAIN.operator(_OF[x.format.name].multiply)
+        # E8M0 scales are given as plain bytes.
+        dtype = torch.uint8 if self.encode_scales is None else x.format.scale_dtype
         given = {
             "out": out,
             "a": x.codes,
             "b": self.codes,
-            "a_blockscale": x.scales.view(torch.float8_e4m3fn),
-            "b_blockscales": self.scales,
-            "alphas": (1.0 / (x.encode_scale.double() * self.encode_scales.double())).float(),
+            "a_blockscale": x.scales.view(dtype),
+            "b_blockscales": self.scales.view(dtype),
             "problem_sizes": sizes,
             "expert_offsets": order.offsets[:-1],
             "sf_offsets": order.scale_offsets[:-1],
         }
+        if x.encode_scale is not None and self.encode_scales is not None:
+            given["alphas"] = (1.0 / (x.encode_scale.double() * self.encode_scales.double())).float()
         arguments = vllm_ops.arguments(operator, given, {})
         return lambda: operator(*arguments)
 
 
-def _layer(problem: MoeProblem, weights: ExpertWeights) -> tuple[_Experts, _Experts]:
-    return _quantized(weights.all_w13()), _quantized(weights.all_w2())
+def _layer(weights: ExpertWeights, format: BlockFormat, rule: ScaleRule) -> tuple[_Experts, _Experts]:
+    return _quantized(weights.all_w13(), format, rule), _quantized(weights.all_w2(), format, rule)
 
 
-def _quantized(weights: Iterator[torch.Tensor]) -> _Experts:
+def _quantized(weights: Iterator[torch.Tensor], format: BlockFormat, rule: ScaleRule) -> _Experts:
     """One expert's bfloat16 weights are there at a time."""
     codes, scales, encode_scales = [], [], []
     for w in weights:
-        q = quantize(w, NVFP4)
-        assert q.tensor_scale is not None
+        q = quantize(w, format, rule=rule)
         codes.append(q.codes)
         shape = layouts.padded_shape(*q.scales.shape)
         scales.append(layouts.to_blocked(q.scales).view(torch.uint8).reshape(shape))
-        encode_scales.append(q.tensor_scale)
-    return _Experts(torch.stack(codes), torch.stack(scales).view(torch.float8_e4m3fn), torch.stack(encode_scales))
+        if q.tensor_scale is not None:
+            encode_scales.append(q.tensor_scale)
+    return _Experts(torch.stack(codes), torch.stack(scales), torch.stack(encode_scales) if encode_scales else None)
 
 
 def _encode_scale(values: torch.Tensor) -> torch.Tensor:

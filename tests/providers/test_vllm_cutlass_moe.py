@@ -1,4 +1,7 @@
-"""CUTLASS' NVFP4 experts: operators in plain torch that read their layouts, the order of launches, and why not."""
+"""CUTLASS' FP4 experts: operators in plain torch that find bytes where the real ones do, the order of launches, and why not.
+
+Where: `__get_group_gemm_starts` of vLLM's csrc, and the offsets of its quantizers of experts (0.26.0).
+"""
 
 from dataclasses import replace
 
@@ -11,8 +14,8 @@ from vllm_stand_in import CUTLASS, CUTLASS_MOE, MOE, MOE_STEPS, operators
 
 from fp4bench.checking import WrongResultError, checker
 from fp4bench.devices import Device
-from fp4bench.formats import NVFP4, e2m1, layouts
-from fp4bench.problems import W4A4, Accumulation, MoeProblem
+from fp4bench.formats import MXFP4, NVFP4, ScaleRule, e2m1, layouts
+from fp4bench.problems import W4A4, Accumulation, GemmProblem, MoeProblem
 from fp4bench.providers import vllm_cutlass_moe, vllm_ops, why_not
 from fp4bench.providers.vllm_cutlass import VllmCutlassProvider
 from fp4bench.quantize import quantize
@@ -47,16 +50,23 @@ def shuffle(input_tensor, dst2src_map, output_tensor):
     output_tensor.copy_(input_tensor[dst2src_map.long()])
 
 
-def experts_quant(output, output_scale, input, input_global_scale, input_offset_by_experts, output_scale_offset_by_experts):
+def experts_quant(output, output_scale, input, input_offset_by_experts, output_scale_offset_by_experts,
+                  input_global_scale=None, n_experts=None):  # fmt: skip
     CALLS.append("quantize")
+    experts = len(input_offset_by_experts) - 1
+    assert n_experts in (None, experts)
     all_scales = output_scale.view(torch.uint8)
-    for expert, scale in enumerate(input_global_scale):
+    for expert in range(experts):
         rows = slice(*input_offset_by_experts[expert : expert + 2].tolist())
         if rows.start == rows.stop:
             continue
-        q = quantize(input[rows], NVFP4, tensor_scale=scale)
+        if input_global_scale is None:
+            q = quantize(input[rows], MXFP4, rule=ScaleRule.EVEN)
+        else:
+            q = quantize(input[rows], NVFP4, tensor_scale=input_global_scale[expert])
         output[rows] = q.codes
         shape = layouts.padded_shape(*q.scales.shape)
+        assert output_scale.shape[1] * 4 == shape[1]
         blocked = layouts.to_blocked(q.scales).view(torch.uint8).reshape(shape)
         all_scales[output_scale_offset_by_experts[expert] :][: shape[0]] = blocked
 
@@ -67,23 +77,31 @@ def silu_quant(output, output_scale, input, **rest):
     experts_quant(output, output_scale, hidden, **rest)
 
 
-def decoded(codes, blocked):
+def decoded(codes, scales, start, block):
+    """What codes (rows, k / 2) stand for with the blocked scales from byte `start` on."""
     codes = e2m1.unpack(codes)
-    scales = layouts.from_blocked(blocked.flatten(), codes.shape[0], codes.shape[1] // 16)
-    return e2m1.decode(codes).double() * scales.view(torch.float8_e4m3fn).double().repeat_interleave(16, dim=1)
+    rows, columns = codes.shape[0], codes.shape[1] // block
+    padded_rows, padded_columns = layouts.padded_shape(rows, columns)
+    there = scales.view(torch.uint8).flatten()[start : start + padded_rows * padded_columns]
+    plain = layouts.from_blocked(there, rows, columns)
+    values = torch.exp2(plain.double() - 127) if block == 32 else plain.view(torch.float8_e4m3fn).double()
+    return e2m1.decode(codes).double() * values.repeat_interleave(block, dim=1)
 
 
-def group_mm(out, a, b, a_blockscale, b_blockscales, alphas, problem_sizes, expert_offsets, sf_offsets):
+def group_mm(out, a, b, a_blockscale, b_blockscales, problem_sizes, expert_offsets, sf_offsets, alphas=None):
     CALLS.append("multiply")
+    block = 32 if alphas is None else 16
+    assert a_blockscale.dtype == b_blockscales.dtype == (torch.uint8 if alphas is None else torch.float8_e4m3fn)
+    assert (a_blockscale.dim(), b_blockscales.dim()) == (2, 3)
     out.fill_(float("nan"))
     for expert, (m, n, k) in enumerate(problem_sizes.tolist()):
         if not m:
             continue
         assert (b[expert].shape, a.shape[1], out.shape[1]) == ((n, k // 2), k // 2, n)
         rows = slice(int(expert_offsets[expert]), int(expert_offsets[expert]) + m)
-        scales = a_blockscale[int(sf_offsets[expert]) :][: -(-m // 128) * 128].view(torch.uint8)
-        product = decoded(a[rows], scales) @ decoded(b[expert], b_blockscales[expert].view(torch.uint8)).T
-        out[rows] = (alphas[expert].double() * product).to(out.dtype)
+        x = decoded(a[rows], a_blockscale, int(sf_offsets[expert]) * (k // block), block)
+        product = x @ decoded(b[expert], b_blockscales, expert * n * (k // block), block).T
+        out[rows] = (product if alphas is None else alphas[expert].double() * product).to(out.dtype)
 
 
 BEHIND = {
@@ -93,12 +111,17 @@ BEHIND = {
     "scaled_fp4_experts_quant": experts_quant,
     "silu_and_mul_scaled_fp4_experts_quant": silu_quant,
     "cutlass_fp4_group_mm": group_mm,
+    "mxfp4_experts_quant": experts_quant,
+    "silu_and_mul_mxfp4_experts_quant": silu_quant,
+    "cutlass_mxfp4_group_mm": group_mm,
+    "mxfp4_experts_quant_supported": lambda cuda_device_capability: 100 <= cuda_device_capability < 120,
 }
+FORMATS = pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=str)
 
 
 @pytest.fixture
 def vllm(tmp_path, monkeypatch):
-    targets = ((SASS, 90), (SASS, 100, 1 << 21))
+    targets = ((SASS, 90), (SASS, 100, 1 << 21), (SASS, 120, 1 << 21))
     with (
         operators(MOE, BEHIND, "MOE", monkeypatch, tmp_path, targets=targets) as moe_folder,
         operators((*CUTLASS, *CUTLASS_MOE, *MOE_STEPS), BEHIND, "MAIN", monkeypatch, tmp_path, targets=targets) as folder,
@@ -111,23 +134,46 @@ def check(problem, seed=0):
     provider, inputs = VllmCutlassProvider(), problem.inputs(seed=seed)
     assert why_not(provider, problem, B200) is None
     run = provider.prepare(problem, inputs)
-    right = checker(problem, inputs, provider.rules[NVFP4.name][0], Accumulation(bits=24, terms=1))
+    right = checker(problem, inputs, provider.rules[problem.format.name][0], Accumulation(bits=24, terms=1))
     right(run())
     return right(run()), run
 
 
+@FORMATS
 @pytest.mark.parametrize("m", [1, 19, 140])
-def test_it_is_right(m, vllm):
+def test_it_is_right(m, fmt, vllm):
     """By float32 sums: the stand-ins quantize as the reference does."""
-    assert check(moe(m))[0].rows == m
+    assert check(moe(m, format=fmt))[0].rows == m
 
 
-def test_clamped_gates_and_sizes_that_fill_no_tile(vllm):
-    check(moe(hidden=192, intermediate=96, experts=3, topk=2, activation=moe_contract.GPT_OSS))
+@FORMATS
+def test_clamped_gates(fmt, vllm):
+    check(moe(hidden=384, experts=3, topk=2, activation=moe_contract.GPT_OSS, format=fmt))
 
 
-def test_a_layer_is_these_launches(vllm):
-    _, run = check(moe(m=3))
+def test_the_smallest_nvfp4_experts(vllm):
+    check(moe(hidden=128, intermediate=64))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "sizes"),
+    [(NVFP4, {"hidden": 192}), (NVFP4, {"intermediate": 96}), (MXFP4, {"hidden": 192}), (MXFP4, {"intermediate": 64})],
+    ids=str,
+)
+def test_experts_that_fill_no_tile_get_scales_of_others(fmt, sizes, vllm):
+    problem = moe(format=fmt, **sizes)
+    reason = why_not(VllmCutlassProvider(), problem, B200)
+    assert reason.startswith(f"vLLM's CUTLASS would take other experts' {fmt} scales where ")
+    assert reason.endswith(": https://github.com/vllm-project/vllm/pull/35497")
+    inputs = problem.inputs()
+    rule = VllmCutlassProvider.rules[fmt.name][0]
+    with pytest.raises(WrongResultError):
+        checker(problem, inputs, rule)(vllm_cutlass_moe.prepare_moe(problem, inputs, rule)())
+
+
+@FORMATS
+def test_a_layer_is_these_launches(fmt, vllm):
+    _, run = check(moe(m=3, format=fmt))
     CALLS.clear()
     run()
     assert CALLS == ["data", "shuffle", "quantize", "multiply", "quantize", "multiply", "shuffle"]
@@ -143,6 +189,9 @@ def test_an_encode_scale_that_saturates_would_be_found(vllm, monkeypatch):
 def test_why_not(vllm):
     provider = VllmCutlassProvider()
     assert "needs Blackwell" in why_not(provider, moe(), H200)
-    assert why_not(provider, moe(bias=True), B200) == "vLLM's NVFP4 experts by CUTLASS have no bias"
-    assert "multiples of 32, not 200 and 128" in why_not(provider, moe(hidden=200), B200)
+    assert why_not(provider, moe(bias=True), B200) == "vLLM's FP4 experts by CUTLASS have no bias"
+    reason = "this vLLM says that its MXFP4 experts do not run on compute capability 12.0"
+    assert why_not(provider, moe(format=MXFP4), replace(B200, capability=(12, 0))) == reason
+    gemm = GemmProblem("tiny", "fc", 1, 16, 256, 256, W4A4, MXFP4)
+    assert why_not(provider, gemm, B200) == "vLLM's CUTLASS has MXFP4 for experts alone"
     assert provider.prepare(moe(m=0), moe(m=0).inputs())().shape == (0, 256)
