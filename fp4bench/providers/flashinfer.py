@@ -1,4 +1,5 @@
-"""FlashInfer's FP4 products on Blackwell: `mm_fp4` by a provider a backend, `nvfp4_quantize` and `mxfp4_quantize`.
+"""FlashInfer's FP4 products on Blackwell: `mm_fp4` by a provider a backend, `nvfp4_quantize` and `mxfp4_quantize`; experts of
+NVFP4 by CUTLASS.
 
 Weights are quantized by this package's rules, TWO_LEVEL for NVFP4 and RCEIL for MXFP4, with scales in the 128 x 4 blocked
 layout; FlashInfer takes them transposed. In mode w4a4 activations are quantized within the call, by FlashInfer, NVFP4 with an
@@ -15,8 +16,9 @@ import torch
 
 from fp4bench.devices import Device
 from fp4bench.formats import MXFP4, NVFP4, ScaleRule, layouts
-from fp4bench.problems import Accumulation, GemmProblem, Problem
+from fp4bench.problems import Accumulation, GemmProblem, MoeProblem, Problem
 from fp4bench.providers import Runner, import_optional, installed_version
+from fp4bench.providers.flashinfer_moe import prepare_moe, why_not_moe
 from fp4bench.providers.vllm_cutlass import alpha
 from fp4bench.quantize import Quantized, quantize
 
@@ -24,35 +26,40 @@ _NVFP4: Mapping[str, tuple[ScaleRule, ...]] = {NVFP4.name: (ScaleRule.TWO_LEVEL,
 
 
 class FlashInferCutlassProvider:
-    """NVFP4 by the backend cutlass, on compute capability 10 to 12."""
+    """NVFP4 by the backend cutlass, on compute capability 10 to 12; experts too."""
 
     name, backend = "flashinfer_cutlass", "cutlass"
     majors: tuple[int, ...] = (10, 11, 12)
-    ops = ("gemm",)
+    ops: tuple[str, ...] = ("gemm", "moe")
     modes = ("w4a4", "w4a4_noquant")
+    moe_modes = ("w4a4",)
     rules = _NVFP4
 
     def __init__(self) -> None:
         self.version = installed_version("flashinfer-python")
 
     def why_not(self, problem: Problem, device: Device) -> str | None:
-        assert isinstance(problem, GemmProblem)
+        assert isinstance(problem, GemmProblem | MoeProblem)
         if self.version is None:
             return "flashinfer-python is not installed"
         if device.capability is None or device.capability[0] not in self.majors:
             majors = ", ".join(map(str, self.majors))
             return f"FlashInfer's {self.backend} FP4 needs compute capability {majors}, which {device.name} is not"
+        if isinstance(problem, MoeProblem):
+            return why_not_moe(problem, device)
         if problem.hadamard:
             return "FlashInfer has no rotation"
         if problem.n % 32 or problem.k % 128:
             return f"FlashInfer is given n that is a multiple of 32 and k of 128, not {problem.n} and {problem.k}"
         return None
 
-    def accumulation(self, problem: GemmProblem, device: Device) -> Accumulation | None:
+    def accumulation(self, problem: GemmProblem | MoeProblem, device: Device) -> Accumulation | None:
         """Its quantizers use approximate reciprocals, so that some scales are the neighbours of the right ones."""
         return Accumulation(bits=9, terms=problem.k) if problem.mode.quantizes else None
 
     def prepare(self, problem: Any, inputs: Any) -> Runner:
+        if isinstance(problem, MoeProblem):
+            return prepare_moe(problem, inputs)
         flashinfer = import_optional("flashinfer")
         assert flashinfer is not None  # why_not has asked
         rule = self.rules[problem.format.name][0]
@@ -68,13 +75,13 @@ class FlashInferCutlassProvider:
 class FlashInferCudnnProvider(FlashInferCutlassProvider):
     """NVFP4 by the backend cudnn."""
 
-    name, backend = "flashinfer_cudnn", "cudnn"
+    name, backend, ops = "flashinfer_cudnn", "cudnn", ("gemm",)
 
 
 class FlashInferCuteDslProvider(FlashInferCutlassProvider):
     """NVFP4 and MXFP4 by the backend cute-dsl, on compute capability 10."""
 
-    name, backend, majors = "flashinfer_cute_dsl", "cute-dsl", (10,)
+    name, backend, majors, ops = "flashinfer_cute_dsl", "cute-dsl", (10,), ("gemm",)
     rules = {**_NVFP4, MXFP4.name: (ScaleRule.RCEIL,)}
 
 

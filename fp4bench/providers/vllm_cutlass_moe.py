@@ -2,9 +2,9 @@
 `run_cutlass_moe_mxfp4` of vLLM 0.26.0.
 
 Rows are brought into the order of their experts, quantized, multiplied by each expert's weights, gated and quantized in one
-kernel, multiplied again, and brought back. NVFP4's encode scales of both activations are known beforehand, as vLLM serves them:
-of x its own, of what lies between the products that of these inputs, which float32 products find once. vLLM allocates scales
-for 163,840 tokens an expert on each call (560 MiB for 8 experts a token and k = 7168); here they are as many as there can be.
+kernel, multiplied again, and brought back. NVFP4's encode scales of both activations are known beforehand (`nvfp4_moe`). vLLM
+allocates scales for 163,840 tokens an expert on each call (560 MiB for 8 experts a token and k = 7168); here they are as many
+as there can be.
 
 Scales of MXFP4 are by EVEN: the machine code of 0.26.0 for compute capability 10.0 adds 2**21 to the bits of amax. Versions
 before https://github.com/vllm-project/vllm/pull/43557 had another rule.
@@ -24,11 +24,11 @@ import torch
 from fp4bench.formats import MXFP4, NVFP4, BlockFormat, ScaleRule, layouts
 from fp4bench.problems import ExpertWeights, MoeInputs, MoeProblem
 from fp4bench.providers import Phased, Runner, vllm_moe, vllm_ops
-from fp4bench.quantize import decode, quantize
+from fp4bench.providers.nvfp4_moe import encode_scales
+from fp4bench.quantize import quantize
 
 _DATA, _SHUFFLE, _MX_SUPPORTED = "get_cutlass_moe_mm_data", "shuffle_rows", "mxfp4_experts_quant_supported"
 _TILE = 128  # rows of a tile of scales, to which each expert's are padded
-_LARGEST = 448.0 * 6.0  # block scale times code: what a tensor's largest value becomes
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def prepare_moe(problem: MoeProblem, inputs: MoeInputs, rule: ScaleRule) -> Runn
     out = torch.empty_like(x)
     x_scale = between_scale = None
     if fmt.has_tensor_scale:
-        x_scale, between_scale = _encode_scale(x), _encode_scale(_between(problem, inputs))
+        x_scale, between_scale = encode_scales(problem, inputs)
     x_operand = _Operand.empty(pairs, problem.hidden, problem.experts, fmt, x_scale, device)
     between = _Operand.empty(pairs, problem.intermediate, problem.experts, fmt, between_scale, device)
 
@@ -245,25 +245,6 @@ def _quantized(weights: Iterator[torch.Tensor], format: BlockFormat, rule: Scale
         if q.tensor_scale is not None:
             encode_scales.append(q.tensor_scale)
     return _Experts(torch.stack(codes), torch.stack(scales), torch.stack(encode_scales) if encode_scales else None)
-
-
-def _encode_scale(values: torch.Tensor) -> torch.Tensor:
-    """That of NVFP4 for these values. -> float32 ()."""
-    amax = values.abs().amax().float()
-    return torch.where(amax > 0, torch.full_like(amax, _LARGEST) / amax, 1.0)
-
-
-def _between(problem: MoeProblem, inputs: MoeInputs) -> torch.Tensor:
-    """What lies between the products, by float32 products of quantized operands, (pairs, intermediate)."""
-    x, w, ids = decode(quantize(inputs.x, NVFP4)), inputs.weights, inputs.topk_ids.flatten()
-    between = x.new_empty(len(ids), problem.intermediate)
-    for expert in ids.unique().tolist():
-        at = (ids == expert).nonzero()[:, 0]
-        gate, up = (x[at // problem.topk] @ decode(quantize(w.w13(expert), NVFP4)).T).chunk(2, dim=-1)
-        if (limit := problem.activation.limit) is not None:
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
-        between[at] = gate * torch.sigmoid(problem.activation.alpha * gate) * up
-    return between
 
 
 def _shuffler(source: torch.Tensor, rows: torch.Tensor, target: torch.Tensor) -> Runner:

@@ -16,7 +16,7 @@ from fp4bench.checking import WrongResultError, checker
 from fp4bench.devices import Device
 from fp4bench.formats import MXFP4, NVFP4, ScaleRule, e2m1, layouts
 from fp4bench.problems import W4A4, Accumulation, GemmProblem, MoeProblem
-from fp4bench.providers import vllm_cutlass_moe, vllm_ops, why_not
+from fp4bench.providers import nvfp4_moe, vllm_cutlass_moe, vllm_ops, why_not
 from fp4bench.providers.vllm_cutlass import VllmCutlassProvider
 from fp4bench.quantize import quantize
 
@@ -181,7 +181,7 @@ def test_a_layer_is_these_launches(fmt, vllm):
 
 
 def test_an_encode_scale_that_saturates_would_be_found(vllm, monkeypatch):
-    monkeypatch.setattr(vllm_cutlass_moe, "_LARGEST", 448.0 * 6.0 * 8)
+    monkeypatch.setattr(nvfp4_moe, "_LARGEST", 448.0 * 6.0 * 8)
     with pytest.raises(WrongResultError):
         check(moe())
 
