@@ -31,9 +31,11 @@ def why_not_moe(problem: MoeProblem, device: Device) -> str | None:
             f"FlashInfer's experts by CUTLASS have no kernels for {device.name}, compute capability 11: "
             "https://github.com/flashinfer-ai/flashinfer/issues/3134"
         )
-    if problem.hidden % _MULTIPLE or problem.intermediate % _MULTIPLE:
+    if problem.hidden % _MULTIPLE:
+        return f"FlashInfer's experts by CUTLASS take a hidden size that is a multiple of {_MULTIPLE}, not {problem.hidden}"
+    if problem.intermediate % _MULTIPLE:
         return (
-            f"FlashInfer's experts by CUTLASS take sizes that are multiples of {_MULTIPLE}, not {problem.hidden} and "
+            f"FlashInfer's experts by CUTLASS take an intermediate size that is a multiple of {_MULTIPLE}, not "
             f"{problem.intermediate}: https://github.com/flashinfer-ai/flashinfer/issues/4653"
         )
     return None

@@ -54,7 +54,10 @@ class GemliteProvider:
         if (problem.format.name, problem.mode.activations) not in _CLASSES:
             return "gemlite has no NVFP4 weights beside FP8 activations"
         if problem.format is NVFP4 and device.capability < (10, 0):
-            return f"Triton's tl.dot_scaled takes E4M3 scales on Blackwell alone (3.6), which {device.name} is not"
+            return (
+                f"Triton's tl.dot_scaled takes E4M3 scales on Blackwell alone (3.6), which {device.name} is not: "
+                "https://github.com/triton-lang/triton/pull/9772"
+            )
         if problem.n % _TILE_N or problem.k % _TILE_K:
             return f"gemlite reads whole tiles: n a multiple of {_TILE_N} and k of {_TILE_K}, not {problem.n} and {problem.k}"
         return None

@@ -12,8 +12,9 @@ Humming keeps the upper ones.
 
 Where several thread blocks share an output, they add their parts up in its own type, in memory: outputs are less exact than
 float32 sums, and the less the fewer tiles there are for all of them (NVIDIA H200, n = 128, k = 1344, where 21 blocks can share
-a tile, x with outliers, bfloat16: 0.24 of the spread; n = 384, k = 256: 0.01). FP8 activations are multiplied by the reciprocal
-of their scale, where the reference divides: ties round either way (`fp4bench.checking.ties`).
+a tile, x with outliers, bfloat16: 0.24 of the spread; n = 384, k = 256: 0.01; https://github.com/inclusionAI/humming/issues/31).
+FP8 activations are multiplied by the reciprocal of their scale, where the reference divides: ties round either way
+(`fp4bench.checking.ties`).
 """
 
 import os

@@ -1,7 +1,8 @@
 """FP4 weights as Marlin reads them: codes in the order of its fragments, scales in the order of its columns.
 
 MXFP4 scales stay E8M0 bytes. NVFP4 scales become S0E5M3, which has no room for a scale below 2**-6 of a tensor whose largest is
-448: Marlin makes those blocks zero. The tensor's scale is a factor of the result, in the decode sense, 1 / S.
+448: those blocks become zero, as in vLLM (https://github.com/vllm-project/vllm/pull/37502). The tensor's scale is a factor of
+the result, in the decode sense, 1 / S.
 """
 
 import torch

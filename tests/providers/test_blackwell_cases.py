@@ -83,7 +83,7 @@ def test_each_case_has_an_id_and_a_record(cases):
 
 
 # Providers whose calls are of Blackwell alone. torch's own shape check of MXFP4 (2.11 to 2.13) counts a byte of two codes as
-# one value, and refuses what its kernel takes.
+# one value, and refuses what its kernel takes: https://github.com/pytorch/pytorch/issues/172627
 CALLED = (
     "torch_scaled_mm",
     "vllm_qutlass",

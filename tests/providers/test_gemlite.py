@@ -81,7 +81,12 @@ def test_it_hands_over_packed_weights(mode, fmt, gemlite):
         (gemm(), A100, None),
         (gemm(W4A8), H200, None),
         (gemm(W4A8, NVFP4), B200, "gemlite has no NVFP4 weights beside FP8 activations"),
-        (gemm(fmt=NVFP4), H200, "Triton's tl.dot_scaled takes E4M3 scales on Blackwell alone (3.6), which NVIDIA H200 is not"),
+        (
+            gemm(fmt=NVFP4),
+            H200,
+            "Triton's tl.dot_scaled takes E4M3 scales on Blackwell alone (3.6), which NVIDIA H200 is not: "
+            "https://github.com/triton-lang/triton/pull/9772",
+        ),
         (gemm(n=64), H200, "gemlite reads whole tiles: n a multiple of 128 and k of 256, not 64 and 256"),
         (gemm(k=128), H200, "gemlite reads whole tiles: n a multiple of 128 and k of 256, not 128 and 128"),
     ],
