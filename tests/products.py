@@ -10,6 +10,7 @@ CEILINGS = {"copy_gbps": 1000.0, "bf16_tflops": 100.0, "fp8_tflops": 200.0}
 # Bits of a weight, and of an activation, in memory.
 _BITS = {
     "bf16": (16, 16),
+    "fp16": (16, 16),
     "fp8": (8, 8),
     "w4a16": (4.25, 16),
     "w4a16_fp16": (4.25, 16),
@@ -21,7 +22,7 @@ _BITS = {
 
 def product(provider, mode, m, us, *, fmt="mxfp4", hadamard=None, layer="qkv", n=1024, k=2048, **changes):
     """One product that took `us` microseconds in the median, 1 % less in its fastest fifth and 2 % more in its slowest."""
-    fmt = mode if mode in ("bf16", "fp8") else fmt
+    fmt = mode if mode in ("bf16", "fp16", "fp8") else fmt
     weights, activations = _BITS[mode]
     what = [mode] if fmt == mode else [fmt, mode]
     facts = {

@@ -7,7 +7,7 @@ Records hold only right outputs, each within the bound of its own mode. What may
 - In the pool `any` of a format: all of its modes and rotations, and BF16 and FP8. They differ in accuracy, so the error stands
   beside them. It is that of the arithmetic against float64 on the operands as the mode quantizes them; what that quantization
   costs a model is not in it, and is the user's to judge. Left out are w4a4_noquant, as its time lacks the quantization of the
-  activations, and w4a16_fp16, which answers in float16 where all others answer in bfloat16.
+  activations, and fp16 and w4a16_fp16, which answer in float16 where all others answer in bfloat16.
 
 MoE layers have pools of their own, a routing apart from another.
 """
@@ -27,7 +27,7 @@ from fp4bench.evidence.tables import markdown_table
 SCHEMA = 1
 
 _OPS = ("gemm", "moe")
-_APART = ("w4a4_noquant", "w4a16_fp16")
+_APART = ("w4a4_noquant", "w4a16_fp16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Pool:
     def holds(self, answer: Answer) -> bool:
         if self.answer:
             return answer == self.answer
-        of_format = answer.plain or (answer.format == self.format and answer.mode not in _APART)
-        return of_format and (answer.op, answer.routing) == (self.op, self.routing)
+        of_format = answer.plain or answer.format == self.format
+        return of_format and answer.mode not in _APART and (answer.op, answer.routing) == (self.op, self.routing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +105,21 @@ def lines(results: Results) -> list[str]:
 
 
 def _table(results: Results, pool: Pool) -> list[str]:
-    head = ["layer", "fastest", "m", "time", "over BF16", "the next", "is behind by", "error"]
+    head = [
+        "layer",
+        "fastest",
+        "m",
+        "time",
+        f"over {pool.answer.yardstick.upper() if pool.answer else 'BF16'}",
+        "the next",
+        "is behind by",
+        "error",
+    ]
     return markdown_table(head, [_row(results, pool, found) for found in best(results, pool)], left=2)
 
 
 def _row(results: Results, pool: Pool, found: Best) -> list[str]:
-    work, speedup, error = found.result.work, found.result.value("speedup_vs_bf16"), found.result.value("error")
+    work, speedup, error = found.result.work, results.speedup(found.result), found.result.value("error")
     return [
         results.label(work.shape),
         _named(found.result, pool),

@@ -30,7 +30,7 @@ _COLOURS = (
     *("#882255", "#117733", "#332288", "#999933", "#AA4499", "#661100"),
 )
 _MARKERS = "osD^vPX<>hp"
-_YARDSTICKS = {"bf16": "#000000", "fp8": "#777777"}
+_YARDSTICKS = {"bf16": "#000000", "fp16": "#444444", "fp8": "#777777"}
 # What a mode shares a panel with: the same operands, quantized before the timed region.
 _SHARED = {"w4a4_noquant": "w4a4"}
 _ROOF: dict[str, Any] = {"color": "#444444", "linestyle": ":", "linewidth": 1.4}

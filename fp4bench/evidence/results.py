@@ -62,6 +62,11 @@ class Answer:
         """Whether it has no FP4: a yardstick."""
         return self.format == self.mode
 
+    @property
+    def yardstick(self) -> str:
+        """The mode without quantization that answers in the same type: "bf16", or "fp16"."""
+        return "fp16" if self.mode.endswith("fp16") else "bf16"
+
 
 @dataclass(frozen=True)
 class Work:
@@ -121,7 +126,7 @@ def ratio(slower: Result, faster: Result) -> Ratio:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which results are wanted; an empty axis wants all. BF16 stays in any case: everything is measured by it."""
+    """Which results are wanted; an empty axis wants all. BF16 and FP16 stay in any case: everything is measured by them."""
 
     formats: Collection[str] = ()
     modes: Collection[str] = ()
@@ -131,7 +136,7 @@ class Choice:
         answer = work.answer
         if self.batch_sizes and work.m not in self.batch_sizes:
             return False
-        if answer.mode == "bf16":
+        if answer.mode == answer.yardstick:
             return True
         of_format = answer.plain or not self.formats or answer.format in self.formats
         return of_format and (not self.modes or answer.mode in self.modes)
@@ -177,6 +182,15 @@ class Results:
     def where(self, **wanted: Any) -> list[Result]:
         """Results whose work has these values of `answer`, `provider`, `shape` or `m`."""
         return [result for work, result in self.by_work.items() if all(getattr(work, axis) == v for axis, v in wanted.items())]
+
+    def speedup(self, result: Result) -> float | None:
+        """Over the fastest yardstick of its answer's type at the same size in the same run; None where there is none."""
+        work, yardstick = result.work, result.work.answer.yardstick
+        if yardstick == "bf16":
+            return result.value("speedup_vs_bf16")
+        answer = Answer(work.answer.op, yardstick, yardstick)
+        found = [ratio(other, result) for other in self.where(answer=answer, shape=work.shape, m=work.m)]
+        return min((one.value for one in found if one.same_run), default=None)
 
     def of(self, *ops: str) -> "Results":
         """Those of some operations. Raises ResultsError where there is none."""

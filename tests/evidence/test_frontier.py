@@ -45,6 +45,7 @@ def test_in_the_pool_of_a_format_everything_whole_competes(tmp_path):
         product("torch", "fp8", 1, 30),
         product("a", "w4a4_noquant", 1, 1),
         product("a", "w4a16_fp16", 1, 2),
+        product("torch", "fp16", 1, 3),
         product("a", "w4a4", 1, 20, hadamard=64),
         product("a", "w4a4", 1, 25),
         product("a", "w4a4", 1, 3, fmt="nvfp4"),

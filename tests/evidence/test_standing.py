@@ -3,7 +3,7 @@
 import pytest
 from products import product, quantization, results_of, run_of
 
-from fp4bench.evidence import standing
+from fp4bench.evidence import frontier, standing
 from fp4bench.evidence.results import ResultsError
 
 
@@ -31,6 +31,21 @@ def test_a_row_for_each_layer_and_batch_size(tmp_path):
     assert first == [layer, "1", "2.000 us", "3.00x", "56%", "fast", "3.000 us", "1.50x"]
     assert second == [layer, "4096", "200.0 us", "", "86%", "nobody", "", ""]
     assert rotated == [layer, "1", "4.000 us", "1.50x", "28%", "nobody", "", ""]
+
+
+def test_an_answer_in_float16_stands_beside_fp16(tmp_path):
+    run = run_of(
+        product("torch", "bf16", 1, 6),
+        product("torch", "fp16", 1, 8),
+        product("other", "fp16", 1, 7),
+        product("triton", "w4a16_fp16", 1, 2),
+        product("triton", "w4a16_fp16", 2, 2),
+    )
+    lines = standing.lines(results_of(tmp_path, run), "triton")
+    head, _, first, second = rows(lines)
+    assert head[3] == "over FP16"
+    assert [first[3], second[3]] == ["3.50x", ""]
+    assert "| over FP16 |" in "\n".join(frontier.lines(results_of(tmp_path, run)))
 
 
 def test_quantizations_stand_beside_the_copy(tmp_path):
