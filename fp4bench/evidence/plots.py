@@ -34,7 +34,8 @@ _YARDSTICKS = {"bf16": "#000000", "fp16": "#444444", "fp8": "#777777"}
 # What a mode shares a panel with: the same operands, quantized before the timed region.
 _SHARED = {"w4a4_noquant": "w4a4"}
 _ROOF: dict[str, Any] = {"color": "#444444", "linestyle": ":", "linewidth": 1.4}
-_COLUMNS = 3
+_COLUMNS = (3, 4)  # of a page that holds more panels than the first: the one that leaves the fewest places empty
+_UPRIGHT = 8  # batch sizes that have room for their labels side by side
 _LETTERS_AN_INCH = 11  # of a title of 11 points
 
 
@@ -94,7 +95,7 @@ def draw(results: Results, fmt: str | None, shape: Shape) -> Figure:
     """
     figure_class = _figure_class()
     shown = panels(results, fmt, shape)
-    columns = min(_COLUMNS, len(shown))
+    columns = _columns(len(shown))
     rows = -(-len(shown) // columns)
     draws = (_draw_rates, _draw_speedups) if _speedups(shown) else (_draw_rates,)
     figure: Figure = figure_class(figsize=(5.2 * columns + 2.4, (0.5 + 2.9 * len(draws)) * rows + 0.9), layout="constrained")
@@ -115,7 +116,12 @@ def draw(results: Results, fmt: str | None, shape: Shape) -> Figure:
         if i < len(shown):
             grid[len(draws) * row, column].set_title(shown[i].title, fontsize=10)
     _legend(figure, shown, results, looks)
+    figure.align_ylabels(grid[:, 0])
     return figure
+
+
+def _columns(panels: int) -> int:
+    return panels if panels <= _COLUMNS[0] else min(_COLUMNS, key=lambda columns: -panels % columns)
 
 
 def _figure_class() -> Any:
@@ -191,7 +197,8 @@ def _label(axes: Axes, panel: Panel, first: bool, last: bool) -> None:
     """Batch sizes below the last axes of a column, words beside the first column, and a grid."""
     sizes = _apart(sorted({m for curve in panel.curves for m in curve.by_m}))
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(m) for m in sizes], rotation=45, fontsize=8)
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(sizes) > _UPRIGHT else {}
+    axes.set_xticks(sizes, [str(m) for m in sizes], fontsize=8, **turned)
     axes.minorticks_off()
     axes.tick_params(labelbottom=last, labelleft=first)
     axes.grid(True, color="#dddddd", linewidth=0.6)

@@ -41,6 +41,18 @@ def lines_of(axes):
     return {(line.get_color(), line.get_marker(), line.get_linestyle()): line.get_xydata().T for line in axes.lines}
 
 
+@pytest.mark.parametrize(("panels", "columns"), [(1, 1), (3, 3), (4, 4), (5, 3), (6, 3), (7, 4), (8, 4), (9, 3), (10, 3)])
+def test_a_page_leaves_few_places_empty(panels, columns):
+    assert plots._columns(panels) == columns
+
+
+@pytest.mark.parametrize(("sizes", "turned"), [((1, 16, 256, 4096), 0), (tuple(2**i for i in range(12)), 45)])
+def test_many_batch_sizes_are_turned(sizes, turned, tmp_path):
+    run = run_of(*(product("a", "w4a16", m, 1.0) for m in sizes), *(product("torch", "bf16", m, 2.0) for m in sizes))
+    figure = plots.draw(results_of(tmp_path, run), "mxfp4", SHAPE)
+    assert {label.get_rotation() for label in figure.axes[-1].get_xticklabels()} == {turned}
+
+
 def test_one_file_a_format_and_shape(results, tmp_path):
     folder = tmp_path / "new" / "plots"
     made = plots.plot(results, folder)
