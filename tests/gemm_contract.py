@@ -4,6 +4,7 @@ Outputs are compared with the float64 reference of the provider's own rule, whos
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,26 @@ from fp4bench.providers import Provider, why_not
 # n and k: the smallest that a tensor core's tile fills, a layer that is wide, one that is deep, and odd sizes.
 LAYERS = ((64, 128), (384, 256), (128, 1344), (72, 160), (51, 205))
 BATCHES = (1, 16, 127, 129)
+RAGGED = (1, 127, 129)
 ROTATIONS = (None, 16, 32, 128)
+# n and k by provider: the smallest that it takes, of each format or mode, and odd multiples of what it takes.
+EDGES = {
+    "torch": ((1, 1), (16, 16), (48, 80)),
+    "torch_fast_fp8": ((16, 16), (48, 80)),
+    "eager": ((1, 1), (3, 33)),
+    "triton": ((1, 1), (8, 16), (33, 95)),
+    "vllm_marlin": ((64, 128), (128, 64), (192, 384), (384, 192)),
+    "humming": ((8, 16), (8, 32), (72, 144), (88, 96)),
+    "gemlite": ((128, 256), (384, 768)),
+    "triton_kernels": ((256, 128), (32, 128), (288, 384)),
+    "torch_scaled_mm": ((16, 32), (48, 96)),
+    "vllm_cutlass": ((32, 32), (96, 160)),
+    "vllm_qutlass": ((8, 64), (8, 128), (24, 192), (24, 384)),
+    "vllm_qutlass_quest": ((8, 128), (24, 384)),
+    "flashinfer_cutlass": ((32, 128), (96, 384)),
+    "flashinfer_cudnn": ((32, 128), (96, 384)),
+    "flashinfer_cute_dsl": ((32, 128), (96, 384)),
+}
 
 
 def problems(provider: Provider, layers: tuple[tuple[int, int], ...] = LAYERS) -> Iterator[GemmProblem]:
@@ -27,6 +47,18 @@ def problems(provider: Provider, layers: tuple[tuple[int, int], ...] = LAYERS) -
             for hadamard in ROTATIONS if mode.activations == "fp4" else (None,):
                 for n, k in layers:
                     yield GemmProblem("contract", f"n{n}k{k}", 1, 1, n, k, mode, fmt, hadamard)
+
+
+def check_edges(provider: Provider, device: Device) -> set[tuple[str, str | None, tuple[int, int]]]:
+    """Hold a provider to the contract at its edges, at ragged m, with stand-ins for its library: tensors are on the CPU,
+    whatever GPU `device` is. -> Modes, formats and layers (n, k) that it took."""
+    here, taken = replace(device, torch_name="cpu"), set()
+    for problem in problems(provider, EDGES[provider.name]):
+        if why_not(provider, problem, here) is None:
+            for m in RAGGED:
+                check_gemm(provider, replace(problem, m=m), here)
+            taken.add((problem.mode.name, problem.format and problem.format.name, (problem.n, problem.k)))
+    return taken
 
 
 def check_gemm(provider: Provider, problem: GemmProblem, device: Device) -> dict[str, Agreement]:

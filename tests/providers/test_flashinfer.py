@@ -4,6 +4,7 @@ import sys
 import types
 from enum import Enum
 
+import gemm_contract
 import pytest
 import torch
 
@@ -106,6 +107,14 @@ def test_both_operands_arrive(make, fmt, mode, flashinfer):
         before = run()
         inputs.x.neg_()
         assert torch.equal(run(), -before) is (mode is W4A4)
+
+
+@pytest.mark.parametrize("make", [FlashInferCutlassProvider, FlashInferCudnnProvider, FlashInferCuteDslProvider])
+def test_it_keeps_the_contract_at_its_edges(make, flashinfer):
+    provider = make()
+    layers = gemm_contract.EDGES[provider.name]
+    wanted = {(mode, fmt, layer) for mode in provider.modes for fmt in provider.rules for layer in layers}
+    assert gemm_contract.check_edges(provider, B200) == wanted
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import sys
 import types
 
+import gemm_contract
 import pytest
 import torch
 
@@ -72,6 +73,11 @@ def test_it_hands_over_packed_weights(mode, fmt, gemlite):
     inputs = problem.inputs()
     inputs = GemmInputs(inputs.x, inputs.w * 37)
     assert check(problem, inputs, gemlite.rules[fmt.name][0], gemlite.prepare(problem, inputs)()).rows == problem.m
+
+
+def test_it_keeps_the_contract_at_its_edges(gemlite):
+    kinds = (("w4a16", "mxfp4"), ("w4a16", "nvfp4"), ("w4a8", "mxfp4"))
+    assert gemm_contract.check_edges(gemlite, B200) == {(*kind, layer) for kind in kinds for layer in ((128, 256), (384, 768))}
 
 
 @pytest.mark.parametrize(

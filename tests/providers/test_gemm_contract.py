@@ -24,7 +24,7 @@ def _kinds():
     return [
         pytest.param(provider, problem, id=f"{provider.name}-{problem}")
         for provider in providers().values()
-        for problem in gemm_contract.problems(provider, _LAYERS)
+        for problem in gemm_contract.problems(provider, dict.fromkeys((*_LAYERS, *gemm_contract.EDGES.get(provider.name, ()))))
     ]
 
 
@@ -35,6 +35,11 @@ def test_gemms_keep_the_contract(provider, problem):
         pytest.skip(reason)
     for m in _BATCHES:
         gemm_contract.check_gemm(provider, replace(problem, m=m), device)
+
+
+def test_every_provider_has_its_edges():
+    assert set(providers()) == set(gemm_contract.EDGES) | {"vllm_triton"}
+    assert "gemm" not in providers()["vllm_triton"].ops
 
 
 class Spoilt(EagerProvider):

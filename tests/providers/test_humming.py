@@ -4,6 +4,7 @@ import os
 import sys
 import types
 
+import gemm_contract
 import pytest
 import torch
 
@@ -92,6 +93,13 @@ def test_it_hands_over_a_checkpoint(mode, fmt, humming):
         run = humming.prepare(problem, inputs)
         assert check(problem, inputs, humming.rules[fmt.name][0], run(), humming.accumulation(problem, H200)).error < 2**-7
         assert check(problem, inputs, humming.rules[fmt.name][0], run()).rows == problem.m
+
+
+def test_it_keeps_the_contract_at_its_edges(humming):
+    layers = gemm_contract.EDGES["humming"]
+    mx = {(mode, "mxfp4", layer) for mode in ("w4a16", "w4a16_fp16", "w4a8") for layer in layers if layer[1] % 32 == 0}
+    nv = {(mode, "nvfp4", layer) for mode in ("w4a16", "w4a16_fp16") for layer in layers}
+    assert gemm_contract.check_edges(humming, H200) == mx | nv
 
 
 def test_the_bound_widens_where_many_thread_blocks_share_an_output(humming):

@@ -2,6 +2,7 @@
 
 import inspect
 
+import gemm_contract
 import pytest
 import torch
 import torch.nn.functional as functional
@@ -68,6 +69,13 @@ def test_both_operands_arrive(mode, fmt, hadamard, monkeypatch):
         before = run()
         inputs.x.mul_(2)
         assert torch.equal(run(), before) is (mode is W4A4_NOQUANT)
+
+
+def test_it_keeps_the_contract_at_its_edges(monkeypatch):
+    monkeypatch.setattr(functional, "scaled_mm", scaled_mm)
+    taken = gemm_contract.check_edges(PROVIDER, B200)
+    layers = gemm_contract.EDGES["torch_scaled_mm"]
+    assert taken == {(mode, fmt, layer) for mode in PROVIDER.modes for fmt in PROVIDER.rules for layer in layers}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """triton_kernels' provider: modules with the names and signatures of vLLM's copy (0.26.0), and why not."""
 
+import gemm_contract
 import pytest
 import torch
 from ogs_stand_in import install
@@ -39,6 +40,14 @@ def test_one_expert_in_its_layouts(capability, constraints, copy, monkeypatch):
         out = provider.prepare(problem, inputs)()
         assert check(problem, inputs, ScaleRule.FLOOR, out).rows == problem.m
     assert copy == constraints
+
+
+@pytest.mark.parametrize(
+    ("device", "layers"), [(H200, {(256, 128), (288, 384)}), (B200, set(gemm_contract.EDGES["triton_kernels"]))]
+)
+def test_it_keeps_the_contract_at_its_edges(device, layers, copy, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device.capability)
+    assert gemm_contract.check_edges(TritonKernelsProvider(), device) == {("w4a16", "mxfp4", layer) for layer in layers}
 
 
 def test_its_version_is_that_of_vllm(copy):

@@ -1,5 +1,6 @@
 """vLLM's CUTLASS provider: operators with the real schemas that read its layouts back, and why not."""
 
+import gemm_contract
 import pytest
 import torch
 from cuda_library import SASS
@@ -77,6 +78,11 @@ def test_both_operands_arrive(mode, vllm):
         before = run().clone()
         inputs.x.neg_()
         assert torch.equal(run(), -before) is (mode is W4A4)
+
+
+def test_it_keeps_the_contract_at_its_edges(vllm):
+    layers = gemm_contract.EDGES["vllm_cutlass"]
+    assert gemm_contract.check_edges(vllm, B200) == {(mode, "nvfp4", layer) for mode in vllm.modes for layer in layers}
 
 
 def test_alpha_undoes_both_encode_scales():

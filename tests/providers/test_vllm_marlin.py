@@ -1,5 +1,6 @@
 """Marlin's provider: operators of three versions that read its layouts back, the scales bit by bit, and why not."""
 
+import gemm_contract
 import pytest
 import torch
 from cuda_library import PTX, SASS
@@ -62,6 +63,13 @@ def test_every_version_gets_what_it_wants(version, fmt, mode, vllm):
         before = run()
         inputs.x.mul_(2)  # what is read on each call
         assert torch.equal(run(), before * 2)
+
+
+def test_it_keeps_the_contract_at_its_edges(vllm):
+    kinds = (("w4a16", "mxfp4"), ("w4a16", "nvfp4"), ("w4a16_fp16", "nvfp4"))
+    with vllm("0.26.0"):
+        taken = gemm_contract.check_edges(VllmMarlinProvider(), H200)
+    assert taken == {(*kind, layer) for kind in kinds for layer in gemm_contract.EDGES["vllm_marlin"]}
 
 
 def test_a_kernel_with_another_order_of_scales_would_be_found(vllm, monkeypatch):

@@ -1,5 +1,6 @@
 """QuTLASS's provider: operators with the schemas of two versions that do what QuTLASS documents, and why not."""
 
+import gemm_contract
 import pytest
 import torch
 from cuda_library import SASS
@@ -102,6 +103,17 @@ def test_it_is_put_together_as_it_is_meant(mode, version, fmt, made, hadamard, v
         before = run()
         inputs.x.neg_()
         assert torch.equal(run(), -before) is (mode is W4A4)
+
+
+@pytest.mark.parametrize("made", [VllmQutlassProvider, VllmQutlassQuestProvider])
+def test_it_keeps_the_contract_at_its_edges(made, vllm):
+    with vllm("0.26.0"):
+        provider = made()
+        taken = gemm_contract.check_edges(provider, B200)
+    wanted = {(mode, "mxfp4", layer) for mode in provider.modes for layer in ((8, 128), (24, 384))}
+    if made is VllmQutlassProvider:
+        wanted |= {(mode, "nvfp4", layer) for mode in provider.modes for layer in gemm_contract.EDGES["vllm_qutlass"]}
+    assert taken == wanted
 
 
 def test_an_alpha_of_1_as_in_its_benchmarks_would_be_found(vllm, monkeypatch):
