@@ -83,7 +83,7 @@ MOE = (
     "int blocks_per_sm) -> Tensor",
     "shuffle_rows(Tensor input_tensor, Tensor dst2src_map, Tensor! output_tensor) -> ()",
 )
-CUTLASS_MOE = (
+CUTLASS_MOE = (  # 0.20.0 to 0.33.0, but the last, which 0.20.0 has not
     "get_cutlass_moe_mm_data(Tensor topk_ids, Tensor! expert_offsets, Tensor! problem_sizes1, Tensor! problem_sizes2, "
     "Tensor! input_permutation, Tensor! output_permutation, int num_experts, int n, int k, Tensor? blockscale_offsets, "
     "bool is_gated) -> ()",

@@ -5,6 +5,9 @@ x is handed over in bfloat16 and quantized within the call, as is what lies betw
 known beforehand (`nvfp4_moe`). Codes are int64 of 16 values, scales int32 of 4 in the 128 x 4 blocked layout, with the rows of
 `up` before those of the gates. The launch is FlashInfer's own choice, without its autotuner.
 
+For Hopper FlashInfer has experts of MXFP4 weights and bfloat16 activations. They are left out: they come as source, which nvcc
+compiles at the first call, and have been compiled and run nowhere here.
+
 Not run on a GPU so far: the calls are compared with signatures, and with the checks of its C++ binding.
 """
 

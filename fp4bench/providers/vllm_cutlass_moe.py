@@ -6,8 +6,9 @@ kernel, multiplied again, and brought back. NVFP4's encode scales of both activa
 allocates scales for 163,840 tokens an expert on each call (560 MiB for 8 experts a token and k = 7168); here they are as many
 as there can be.
 
-Scales of MXFP4 are by EVEN: the machine code of 0.26.0 for compute capability 10.0 adds 2**21 to the bits of amax. Versions
-before https://github.com/vllm-project/vllm/pull/43557 had another rule.
+Scales of MXFP4 are by EVEN: the machine code of 0.26.0 for compute capability 10.0 adds 2**21 to the bits of amax. Before
+https://github.com/vllm-project/vllm/pull/43557 the rule was another one; 0.20.0, which has it, is refused for the lack of
+`mxfp4_experts_quant_supported`.
 
 Products find an expert's scales as if no tile were padded, n * k / block after those of the expert before, and the quantizer
 stores them in whole tiles: of experts whose sizes fill none, all but the first would be multiplied by others' scales.
