@@ -72,8 +72,8 @@ def _add_side_by_side(parser: argparse.ArgumentParser) -> None:
 def _add_providers(parser: argparse.ArgumentParser) -> None:
     beside = parser.add_argument_group(
         "with --throughput, --frontier, --kernels and --compare",
-        "Runs of one machine are joined; a case of several takes the median of their medians. BF16 and FP16 always stay in. For "
-        "a run that was cut off its journal (.jsonl) may stand.",
+        "Runs of one machine are joined; a case of several takes the median of their medians. BF16 and FP16 always stay in. "
+        "For a run that was cut off its journal (.jsonl) may stand.",
     )
     beside.add_argument("--formats", nargs="+", metavar="FORMAT", help="only these formats (all)")
     beside.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes (all)")
