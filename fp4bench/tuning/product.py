@@ -28,10 +28,12 @@ ORDERS = {"bf16": WordOrder.HALVES, "e4m3": WordOrder.BYTES}
 # In haste: three samples without a rest. At the power cap launches keep their order well enough for who goes on.
 _HASTE = replace(PACED, gap_seconds=0.0, most_gap_seconds=0.0, fewest=3, most=3)
 
-# Rounding to bfloat16 alone is 0.0017 of the norm; FP8 tensor cores, which add with 14 bits, make it 0.002 (NVIDIA H200).
-_LARGEST_ERROR = 2.5e-3
-# Of an element: half a unit of bfloat16's last place, 2**-9 of it, twice over; and what FP8's sums add, of the rms.
-_OF_ELEMENT, _OF_RMS = 2.0**-8, 0.02
+# Of the norm: rounding to bfloat16 alone is 0.0017. FP8 tensor cores, which add with 14 bits, make it 0.0020 at k = 8192 and
+# 0.0031 at 28672 where no tile is cut along k (NVIDIA H200, `2026-11-27_tune-3.jsonl`), so theirs grows with k.
+_LARGEST_ERROR, _FP8_ERROR_OF_K = 2.5e-3, 1.5e-7
+# Of an element: half a unit of bfloat16's last place, 2**-9 of it, twice over; and what FP8's sums add, of the rms, at
+# k = 8192 and in proportion beyond (0.043 at 28672, NVIDIA H100).
+_OF_ELEMENT, _OF_RMS, _SHORT_K = 2.0**-8, 0.02, 8192
 
 
 class Products:
@@ -97,7 +99,7 @@ class GpuProduct:
             outs.append(self._out.clone())
         if not torch.equal(*outs):
             raise WrongOutputError("two calls gave two outputs, or one that is not a number")
-        check_product(outs[0], self._want)
+        check_product(outs[0], self._want, self._work.k if self._work.operand == "e4m3" else 0)
 
     def time(self, launch: Launch, careful: bool) -> tuple[float, ...]:
         """Samples of the seconds of a call, weights cold. Raises WrongOutputError where the output changes meanwhile."""
@@ -116,14 +118,17 @@ class GpuProduct:
         return [_call(self._x, weight, self._out, launch, workspace, self._x_scale) for weight in self._copies]
 
 
-def check_product(out: torch.Tensor, want: torch.Tensor) -> None:
-    """Compare a product, bfloat16 (m, n), with the one in float32. Raises WrongOutputError, one sentence."""
+def check_product(out: torch.Tensor, want: torch.Tensor, fp8_k: int = 0) -> None:
+    """Compare a product, bfloat16 (m, n), with the one in float32. Raises WrongOutputError, one sentence.
+
+    fp8_k: so many products FP8 tensor cores have summed up, or 0 where none have.
+    """
     wrong = (out.float() - want).abs_()
-    error = float(wrong.norm() / want.norm())
-    if not error <= _LARGEST_ERROR:
-        raise WrongOutputError(f"its output is off by {error:.2g} of the norm, more than {_LARGEST_ERROR:g}")
-    rms = want.square().mean().sqrt()
-    outside = int((wrong > _OF_ELEMENT * want.abs() + _OF_RMS * rms).sum())
+    error, most = float(wrong.norm() / want.norm()), max(_LARGEST_ERROR, _FP8_ERROR_OF_K * fp8_k)
+    if not error <= most:
+        raise WrongOutputError(f"its output is off by {error:.2g} of the norm, more than {most:.2g}")
+    of_rms = _OF_RMS * max(1.0, fp8_k / _SHORT_K) * want.square().mean().sqrt()
+    outside = int((wrong > _OF_ELEMENT * want.abs() + of_rms).sum())
     if outside:
         raise WrongOutputError(f"{outside} of {out.numel()} elements are wrong")
 
