@@ -69,6 +69,17 @@ class FlashInfer:
         return a.new_empty(_operands(a, b.T, a_descale, b_descale.T, block_size), dtype=out_dtype)
 
     @staticmethod
+    def shuffle_matrix_a(input_tensor, epilogue_tile_m):
+        assert input_tensor.shape[0] % epilogue_tile_m == 0
+        return input_tensor.clone()
+
+    @staticmethod
+    def shuffle_matrix_sf_a(input_tensor, epilogue_tile_m):
+        assert input_tensor.shape[0] % epilogue_tile_m == 0
+        rows, columns = layouts.padded_shape(*input_tensor.shape)
+        return input_tensor.new_empty(rows * columns)
+
+    @staticmethod
     def nvfp4_quantize(a, a_global_sf, sfLayout, do_shuffle):  # noqa: N803
         return FlashInfer._quantized(a, 16)
 

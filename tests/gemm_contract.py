@@ -37,6 +37,8 @@ EDGES = {
     "flashinfer_cutlass": ((32, 128), (96, 384)),
     "flashinfer_cudnn": ((32, 128), (96, 384)),
     "flashinfer_cute_dsl": ((32, 128), (96, 384)),
+    "flashinfer_trtllm": ((128, 128), (384, 384)),
+    "flashinfer_b12x": ((32, 128), (96, 384)),
 }
 
 

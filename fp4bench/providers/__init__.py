@@ -58,6 +58,8 @@ _BUILT_IN = (
     "flashinfer:FlashInferCutlassProvider",
     "flashinfer:FlashInferCudnnProvider",
     "flashinfer:FlashInferCuteDslProvider",
+    "flashinfer:FlashInferTrtllmProvider",
+    "flashinfer:FlashInferB12xProvider",
 )
 
 

@@ -4,7 +4,8 @@ NVFP4 by CUTLASS.
 Weights are quantized by this package's rules, TWO_LEVEL for NVFP4 and RCEIL for MXFP4, with scales in the 128 x 4 blocked
 layout; FlashInfer takes them transposed. In mode w4a4 activations are quantized within the call, by FlashInfer, NVFP4 with an
 encode scale that is known beforehand; in w4a4_noquant before, by this package. Alpha is 1 / (S of x * S of w) for NVFP4, and
-none for MXFP4, which the backend cute-dsl alone is given. The backend trtllm is left out: it wants weights shuffled.
+none for MXFP4, which the backend cute-dsl alone is given. Rows of weights for the backend trtllm, and of their scales, are put
+in its order by FlashInfer's own functions.
 
 FlashInfer (0.6.14) is compiled at the first call of a shape. Not run on a GPU so far.
 """
@@ -22,6 +23,8 @@ from fp4bench.providers.flashinfer_moe import prepare_moe, why_not_moe
 from fp4bench.providers.vllm_cutlass import alpha
 from fp4bench.quantize import Quantized, quantize
 
+_EPILOGUE_ROWS = 128  # of the tile whose rows trtllm has in another order
+
 _NVFP4: Mapping[str, tuple[ScaleRule, ...]] = {NVFP4.name: (ScaleRule.TWO_LEVEL,)}
 
 
@@ -30,6 +33,7 @@ class FlashInferCutlassProvider:
 
     name, backend = "flashinfer_cutlass", "cutlass"
     majors: tuple[int, ...] = (10, 11, 12)
+    multiples: tuple[int, int] = (32, 128)  # of n and k
     ops: tuple[str, ...] = ("gemm", "moe")
     modes = ("w4a4", "w4a4_noquant")
     moe_modes = ("w4a4",)
@@ -49,8 +53,9 @@ class FlashInferCutlassProvider:
             return why_not_moe(problem, device)
         if problem.hadamard:
             return "FlashInfer has no rotation"
-        if problem.n % 32 or problem.k % 128:
-            return f"FlashInfer is given n that is a multiple of 32 and k of 128, not {problem.n} and {problem.k}"
+        n, k = self.multiples
+        if problem.n % n or problem.k % k:
+            return f"FlashInfer is given n that is a multiple of {n} and k of {k}, not {problem.n} and {problem.k}"
         return None
 
     def accumulation(self, problem: GemmProblem | MoeProblem, device: Device) -> Accumulation | None:
@@ -64,12 +69,33 @@ class FlashInferCutlassProvider:
         assert flashinfer is not None  # why_not has asked
         rule = self.rules[problem.format.name][0]
         x, w = (quantize(operand, problem.format, rule=rule) for operand in (inputs.x, inputs.w))
-        multiply = _multiplier(flashinfer, self.backend, x, w)
+        multiply = _multiplier(flashinfer, self.backend, x, w, *self._laid_out(flashinfer, w))
         if problem.mode.quantizes:
             quantize_x = _quantizer(flashinfer, inputs.x, x.tensor_scale)
             return lambda: multiply(*quantize_x())
         scales = _blocked(x)
         return lambda: multiply(x.codes, scales)
+
+    def _laid_out(self, flashinfer: Any, w: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (n, k / 2) and scales (n in tiles, k / block in tiles) of a weight."""
+        return w.codes, _blocked(w)
+
+
+class FlashInferTrtllmProvider(FlashInferCutlassProvider):
+    """NVFP4 by the backend trtllm, on compute capability 10."""
+
+    name, backend, majors, multiples, ops = "flashinfer_trtllm", "trtllm", (10,), (128, 128), ("gemm",)
+
+    def _laid_out(self, flashinfer: Any, w: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = w.scales.view(torch.uint8)
+        shuffled = flashinfer.shuffle_matrix_sf_a(scales, _EPILOGUE_ROWS).reshape(scales.shape)
+        return flashinfer.shuffle_matrix_a(w.codes, _EPILOGUE_ROWS), shuffled
+
+
+class FlashInferB12xProvider(FlashInferCutlassProvider):
+    """NVFP4 by the backend b12x, on compute capability 12, from CUDA 13 on."""
+
+    name, backend, majors, ops = "flashinfer_b12x", "b12x", (12,), ("gemm",)
 
 
 class FlashInferCudnnProvider(FlashInferCutlassProvider):
@@ -86,15 +112,14 @@ class FlashInferCuteDslProvider(FlashInferCutlassProvider):
 
 
 def _multiplier(
-    flashinfer: Any, backend: str, x: Quantized, w: Quantized
+    flashinfer: Any, backend: str, x: Quantized, w: Quantized, codes: torch.Tensor, scales: torch.Tensor
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     factor = None
     if x.tensor_scale is not None and w.tensor_scale is not None:
         factor = alpha(x.tensor_scale, w.tensor_scale)
-    scales = _blocked(w)
-    return lambda codes, x_scales: flashinfer.mm_fp4(
-        a=codes,
-        b=w.codes.T,
+    return lambda x_codes, x_scales: flashinfer.mm_fp4(
+        a=x_codes,
+        b=codes.T,
         a_descale=x_scales,
         b_descale=scales.T,
         alpha=factor,

@@ -62,7 +62,8 @@ def test_every_provider_has_its_cases(cases):
     assert able["humming"] == able["gemlite"] | {(fmt, "w4a16_fp16", None) for fmt in mx_nv}
     assert able["triton_kernels"] == {("mxfp4", "w4a16", None)}
     assert able["vllm_cutlass"] == {("nvfp4", mode, None) for mode in both}
-    assert able["flashinfer_cutlass"] == able["flashinfer_cudnn"] == able["vllm_cutlass"]
+    assert able["flashinfer_cutlass"] == able["flashinfer_cudnn"] == able["flashinfer_trtllm"] == able["vllm_cutlass"]
+    assert "flashinfer_b12x" not in able  # compute capability 12
     assert able["flashinfer_cute_dsl"] == {(fmt, mode, None) for fmt in mx_nv for mode in both}
     assert able["torch_scaled_mm"] == {(fmt, mode, had) for fmt in mx_nv for mode in both for had in (None, 16, 32, 128)}
     assert able["vllm_qutlass"] == {
@@ -92,6 +93,7 @@ CALLED = (
     "flashinfer_cutlass",
     "flashinfer_cudnn",
     "flashinfer_cute_dsl",
+    "flashinfer_trtllm",
 )
 
 
@@ -127,6 +129,7 @@ def test_every_case_is_called_at_full_size(cases, on_shapes):
         "flashinfer_cutlass": 4,
         "flashinfer_cudnn": 4,
         "flashinfer_cute_dsl": 8,
+        "flashinfer_trtllm": 4,
     }
 
 

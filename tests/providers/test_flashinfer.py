@@ -9,17 +9,30 @@ import pytest
 import torch
 
 from fp4bench import providers as registry
-from fp4bench.checking import check
+from fp4bench.checking import WrongResultError, check
 from fp4bench.devices import Device
 from fp4bench.formats import MXFP4, NVFP4, ScaleRule, e2m1, layouts
 from fp4bench.problems import W4A4, W4A4_NOQUANT, GemmInputs, GemmProblem
 from fp4bench.providers import why_not
-from fp4bench.providers.flashinfer import FlashInferCudnnProvider, FlashInferCuteDslProvider, FlashInferCutlassProvider
+from fp4bench.providers.flashinfer import (
+    FlashInferB12xProvider,
+    FlashInferCudnnProvider,
+    FlashInferCuteDslProvider,
+    FlashInferCutlassProvider,
+    FlashInferTrtllmProvider,
+)
 from fp4bench.quantize import quantize
 
 H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 B200 = Device("cuda:0", "NVIDIA B200", (10, 0), 148, 126 << 20)
 RTX_5090 = Device("cuda:0", "NVIDIA GeForce RTX 5090", (12, 0), 170, 96 << 20)
+MADE = (
+    FlashInferCutlassProvider,
+    FlashInferCudnnProvider,
+    FlashInferCuteDslProvider,
+    FlashInferTrtllmProvider,
+    FlashInferB12xProvider,
+)
 
 
 class SfLayout(Enum):
@@ -62,17 +75,40 @@ def decoded(codes, scales, block):
     return e2m1.decode(codes).double() * values.repeat_interleave(block, dim=1)
 
 
+def shuffle_matrix_a(input_tensor, epilogue_tile_m):
+    """Any order of rows but the plain one shows what is left out; the real one is FlashInfer's own."""
+    assert (input_tensor.dtype, epilogue_tile_m, input_tensor.shape[0] % 128) == (torch.uint8, 128, 0)
+    return input_tensor.flip(0)
+
+
+def shuffle_matrix_sf_a(input_tensor, epilogue_tile_m, num_elts_per_sf=16):
+    """Of plain rows of scales -> blocked."""
+    return layouts.to_blocked(shuffle_matrix_a(input_tensor, epilogue_tile_m))
+
+
+def in_order(rows):
+    return rows.flip(0)
+
+
+def blocked_in_order(scales):
+    plain = layouts.from_blocked(scales.flatten(), *scales.shape)
+    return layouts.to_blocked(in_order(plain)).reshape(scales.shape)
+
+
 def mm_fp4(
     a, b, a_descale, b_descale, alpha=None, out_dtype=torch.bfloat16, out=None, block_size=16, use_8x4_sf_layout=False,
     backend="auto", use_nvfp4=True, enable_pdl=True,
 ):  # fmt: skip
-    assert backend in ("cutlass", "cudnn", "cute-dsl")
+    assert backend in ("cutlass", "cudnn", "cute-dsl", "trtllm", "b12x")
     assert (use_8x4_sf_layout, out) == (False, None)
     assert block_size == (16 if use_nvfp4 else 32)
     assert (alpha is None) is not use_nvfp4
     assert b.stride(0) == 1
     assert b_descale.stride(0) == 1
-    product = decoded(a, a_descale, block_size) @ decoded(b.T, b_descale.T, block_size).T
+    b, b_descale = b.T, b_descale.T
+    if backend == "trtllm":
+        b, b_descale = in_order(b), blocked_in_order(b_descale)
+    product = decoded(a, a_descale, block_size) @ decoded(b, b_descale, block_size).T
     return (product if alpha is None else alpha.double() * product).to(out_dtype)
 
 
@@ -81,6 +117,7 @@ def flashinfer(monkeypatch):
     module = types.ModuleType("flashinfer")
     module.mm_fp4, module.SfLayout = mm_fp4, SfLayout
     module.nvfp4_quantize, module.mxfp4_quantize = nvfp4_quantize, mxfp4_quantize
+    module.shuffle_matrix_a, module.shuffle_matrix_sf_a = shuffle_matrix_a, shuffle_matrix_sf_a
     monkeypatch.setitem(sys.modules, "flashinfer", module)
     monkeypatch.setattr(registry, "_version", lambda name: "0.6.14")
 
@@ -109,12 +146,21 @@ def test_both_operands_arrive(make, fmt, mode, flashinfer):
         assert torch.equal(run(), -before) is (mode is W4A4)
 
 
-@pytest.mark.parametrize("make", [FlashInferCutlassProvider, FlashInferCudnnProvider, FlashInferCuteDslProvider])
+@pytest.mark.parametrize("make", MADE)
 def test_it_keeps_the_contract_at_its_edges(make, flashinfer):
     provider = make()
     layers = gemm_contract.EDGES[provider.name]
     wanted = {(mode, fmt, layer) for mode in provider.modes for fmt in provider.rules for layer in layers}
-    assert gemm_contract.check_edges(provider, B200) == wanted
+    assert gemm_contract.check_edges(provider, RTX_5090 if make is FlashInferB12xProvider else B200) == wanted
+
+
+def test_weights_in_plain_order_are_found(flashinfer, monkeypatch):
+    monkeypatch.setattr(FlashInferTrtllmProvider, "_laid_out", FlashInferCutlassProvider._laid_out)
+    problem = gemm(W4A4_NOQUANT, n=128)
+    inputs = problem.inputs()
+    out = FlashInferTrtllmProvider().prepare(problem, inputs)()
+    with pytest.raises(WrongResultError):
+        check(problem, inputs, ScaleRule.TWO_LEVEL, out)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +180,10 @@ def test_it_keeps_the_contract_at_its_edges(make, flashinfer):
             "cute-dsl FP4 needs compute capability 10, which NVIDIA GeForce RTX 5090 is not",
         ),
         (FlashInferCudnnProvider, gemm(hadamard=32), B200, "FlashInfer has no rotation"),
+        (FlashInferTrtllmProvider, gemm(), B200, "n that is a multiple of 128 and k of 128, not 96 and 256"),
+        (FlashInferTrtllmProvider, gemm(n=128), B200, None),
+        (FlashInferB12xProvider, gemm(), RTX_5090, None),
+        (FlashInferB12xProvider, gemm(), B200, "b12x FP4 needs compute capability 12, which NVIDIA B200 is not"),
         (
             FlashInferCudnnProvider,
             gemm(n=72),
