@@ -3,8 +3,6 @@
 Tokens are ordered, and the layer computed, by functions of vLLM's file (`vllm_fused_moe.OGS_FILE`): gate and up in turn, the
 activation in the first product, the weighted sum in the second. Weights of a token's experts are rounded to bfloat16, and no
 product is split along k, as vLLM has it; the latter is set during a call alone.
-
-Not run on a GPU so far: vLLM's file loads, and what it is called with is compared with its signatures.
 """
 
 from collections.abc import Callable, Iterator

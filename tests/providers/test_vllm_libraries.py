@@ -19,6 +19,7 @@ _FAMILIES = [
 
 # The version whose schemas a version of vLLM has, as far as it is known.
 _OF = {"0.20": "0.26.0", "0.26": "0.26.0", "0.33": "0.33.0"}
+_LACKS = {"0.20": ("mxfp4_experts_quant_supported",)}
 
 
 def registered(operators, schema):
@@ -41,5 +42,8 @@ def test_the_real_schemas_are_those_of_the_stand_ins(family, schemas):
         pytest.skip(f"the schemas of vLLM {short} are not written down")
     for schema in schemas[_OF[short]] if isinstance(schemas, dict) else schemas:
         real = registered(operators, schema)
+        if schema.partition("(")[0] in _LACKS.get(short, ()):
+            assert real is None, schema
+            continue
         assert real is not None, schema
         assert same(real, parsed(schema)), f"{real} is not {schema}"
