@@ -1,6 +1,8 @@
 """When a run is not to be believed: readings of canaries by shape, each fault of a GPU alone, and the level of a machine."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from fp4bench.evidence.validity import (
 )
 
 MIB = 1 << 20
+H100 = Path(__file__).parents[2] / "baselines" / "NVIDIA-H100-80GB-HBM3"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,30 @@ def test_and_so_it_does_in_cycles(cycles, invalid):
     found = invalid_reasons(Conditions(readings([1.0] * len(cycles), cycles=cycles)), GPU_LIMITS)
     assert len(found) == invalid
     assert all("in cycles" in sentence for sentence in found)
+
+
+def test_of_two_products_both_must_drift_and_in_the_same_quantity():
+    steady, ramp = [1.0] * 5, [1.0, 1.0, 1.05, 1.05, 1.05]
+
+    def found(bf16, fp8, cycles_bf16=steady, cycles_fp8=steady):
+        pair = (*readings(bf16, "bf16", cycles_bf16), *readings(fp8, "fp8", cycles_fp8))
+        return [sentence.split(" during")[0] for sentence in invalid_reasons(Conditions(pair), GPU_LIMITS)]
+
+    assert found(steady, ramp) == found(ramp, steady) == found(steady, ramp, steady, ramp) == []
+    assert found(ramp, steady, steady, ramp) == []
+    assert found(ramp, ramp) == ["the canary bf16 drifted by 5.0% in time", "the canary fp8 drifted by 5.0% in time"]
+    assert len(found(ramp, ramp, ramp, ramp)) == 4
+    assert len(invalid_reasons(Conditions((*readings(steady, "bf16"), *readings(ramp, "copy"))), GPU_LIMITS)) == 1
+
+
+@pytest.mark.parametrize("path", sorted(H100.glob("*/*-fp8-canary-drifted.json")), ids=lambda path: path.stem)
+def test_the_fp8_product_of_an_h100_moves_alone_by_more_than_its_limit(path):
+    stored = [
+        CanaryReading(c["name"], c["at_s"], c["seconds"], c["sm_mhz"], c["cycles"])
+        for c in json.loads(path.read_text())["fp4bench"]["canaries"]
+    ]
+    assert len(invalid_reasons(Conditions(tuple(c for c in stored if c.name == "fp8")), GPU_LIMITS)) == 1
+    assert invalid_reasons(Conditions(tuple(stored)), GPU_LIMITS) == []
 
 
 @pytest.mark.parametrize(
