@@ -239,3 +239,40 @@ def test_ranges_are_marked_where_they_are_asked_for(measurer, monkeypatch):
         *("routing", None, "products", None),
         None,
     ]
+
+
+def test_a_case_that_does_not_fit_beside_the_arena_is_timed_without_one():
+    measurer, asked = Measurer("cpu"), []
+    measurer._kept = ["arena"]
+
+    def serve(request):
+        asked.append((request, list(measurer._kept)))
+        if measurer._kept or request == "too large":
+            raise torch.cuda.OutOfMemoryError("of this try")
+        return "timed"
+
+    measurer._serve = serve
+    assert measurer("large") == "timed"
+    assert asked == [("large", ["arena"]), ("large", [])]
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        measurer("too large")
+    assert len(asked) == 3
+
+
+@pytest.mark.gpu
+def test_operands_lie_in_one_arena_whatever_was_captured_before():
+    measurer, places = Measurer("cuda"), []
+    timed = measurer._clock.measure
+
+    def measure(calls, bytes_touched, slowdown=0.0):
+        arena = max(torch.cuda.memory_snapshot(), key=lambda segment: segment["total_size"])
+        taken = [b["size"] if b["state"] == "active_allocated" else -b["size"] for b in arena["blocks"]]
+        places.append((arena["address"], arena["total_size"], taken))
+        return timed(calls, bytes_touched, slowdown)
+
+    measurer._clock.measure = measure
+    small, large = case(EagerProvider(), m=16, k=4096), case(EagerProvider(), m=64, k=1 << 16)
+    for one in (small, large, small, small):
+        measurer(TimeCase(one))
+    assert places[0][1] > torch.cuda.get_device_properties("cuda").total_memory // 4
+    assert places[1] != places[0] == places[2] == places[3]
