@@ -246,8 +246,8 @@ class Measurer:
 def _reserve(device: str) -> tuple[GraphMemory, list[torch.Tensor]]:
     """Let torch's allocator hold a block of half the free memory, of which it then gives parts, and graphs one of a sixth.
 
-    Also tensors that have to live as long: when a graph is captured, torch gives all memory back of which nothing is in use. For
-    that the first 35 accepted runs of H200s had no such block, and products of libraries spread by up to 3 % on one card.
+    Also tensors that have to live as long: when a graph is captured, torch gives back all memory of which nothing is in use.
+    The first 35 accepted runs of H200s lost such a block to that, and products of libraries spread by up to 3 % on one card.
     """
 
     def take(size: int) -> torch.Tensor:
