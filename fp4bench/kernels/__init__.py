@@ -7,7 +7,8 @@
 | products | `decode` for a few rows, `prefill` for many; `blackwell` where tensor cores take FP4 |
 | products of experts | `routing`; `grouped` for few rows each, `grouped_short` where k is short, `grouped_prefill` for many |
 | quantization | `mxfp4_lanes`, `nvfp4_lanes` on Hopper, `fp4_tiles` anywhere, `fp8_rows` |
-| shared by products | `fragments`, `unpack`: a weight's bits to registers; `overlap`: with the kernels before and after |
+| shared by products | `fragments`, `unpack`: a weight's bits to registers; `slots`: a few rows of x through shared memory |
+| shared by all | `overlap`: with the kernels before and after |
 | shared by quantization | `lanes`, `fp4_text`, `runs`, `rounding` |
 
 Importing this package imports torch only; each kernel's module needs Triton.

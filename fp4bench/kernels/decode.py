@@ -16,7 +16,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fp4bench.kernels import fragments
+from fp4bench.kernels import fragments, slots
 from fp4bench.kernels.overlap import BEGIN
 from fp4bench.kernels.weights import UNIT_K, PreparedWeight
 
@@ -33,7 +33,10 @@ class DecodeConfig:
     ahead: hold x and scales of the next unit while one is computed.
     max_registers: of a thread, None for the compiler's choice.
     streaming: how weights are read: 0 plainly, 1 first to be evicted from the caches, 2 past the L1.
-    depth: units of weights in flight, 1 or 2. These last three are compiled with other values, and timed with these alone.
+    depth: units of weights in flight, 1 or 2. The last two and this are compiled with other values, and timed with these alone,
+        but for a depth of 2 with slots.
+    slots: units of x on their way to a warp through shared memory (`slots`), up to 4, instead of `exchange` and `ahead`; 0, or
+        where x does not lie in whole units of aligned 16 bytes: straight into registers.
     """
 
     tiles: int = 4
@@ -43,10 +46,13 @@ class DecodeConfig:
     max_registers: int | None = None
     streaming: int = 1
     depth: int = 1
+    slots: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.tiles <= 8 or self.warps not in (4, 8, 16) or self.depth not in (1, 2):
             raise ValueError(f"{self}: tiles is 1 to 8, warps 4, 8 or 16, depth 1 or 2")
+        if not 0 <= self.slots <= slots.MOST_SLOTS:
+            raise ValueError(f"{self}: slots is 0 to {slots.MOST_SLOTS}")
 
 
 def candidates(m: int) -> list[DecodeConfig]:
@@ -57,6 +63,8 @@ def candidates(m: int) -> list[DecodeConfig]:
         found.append(DecodeConfig(tiles, warps, ahead=True))
         if m > 2:
             found.append(DecodeConfig(tiles, warps, exchange=True, ahead=True))
+        found.append(DecodeConfig(tiles, warps, slots=2))
+        found.append(DecodeConfig(tiles, warps, slots=4, depth=2))
     return found
 
 
@@ -107,6 +115,7 @@ def _launch(
     tiles = min(config.tiles, weight.tiles)
     columns = 8 if m <= 8 else 16
     steps = -(-weight.units // config.warps)
+    in_chunks = k % UNIT_K == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     arguments = (
         x,
         weight.words,
@@ -132,10 +141,11 @@ def _launch(
         "HAS_BIAS": bias is not None,
         "ALL_COLUMNS": k % UNIT_K == 0,
         "PAIRS": x.stride(0) % 2 == 0 and k % 2 == 0 and x.data_ptr() % 4 == 0,
-        "EXCHANGE": config.exchange and k % UNIT_K == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0,
+        "EXCHANGE": config.exchange and in_chunks,
         "AHEAD": config.ahead,
         "STREAMING": config.streaming,
         "DEPTH": min(config.depth, steps),
+        "SLOTS": min(config.slots, steps) if in_chunks else 0,
         "num_warps": config.warps,
         "launch_pdl": pdl,
         "maxnreg": config.max_registers,
@@ -192,6 +202,12 @@ selp.b32 s, a1, a3, q; selp.b32 b, a3, a1, q; shfl.sync.bfly.b32 s, s, 2, 31, -1
 }"""
 
 
+@gluon.constexpr_function
+def _younger(step: int, last: int, slots: int) -> int:
+    """Units that were asked for after that of `step` of the `last` ones: those beyond the slots are asked for in turn."""
+    return slots - 1 - step + min(step, max(0, last - slots))
+
+
 # --- Kernel -----------------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +239,7 @@ def _decode(
     AHEAD: gl.constexpr,
     STREAMING: gl.constexpr,
     DEPTH: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
     # Four registers a thread: a lane's words of a unit, its x of 32 columns, or its accumulators.
     FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
@@ -236,9 +253,146 @@ def _decode(
     scales_at = scales.to(gl.pointer_type(gl.int64), bitcast=True) if TWO_LEVEL else scales
     scales_at = scales_at + first * (UNITS * 8) + (warp * 8 + lane // 4)
 
+    # Where the sums of the warps meet, W / 4 accumulators a place; before, slots.
+    GROUP: gl.constexpr = WARPS // 4
+    SUMS: gl.constexpr = (TILES * (COLUMNS // 8) + GROUP - 1) // GROUP
+    RING: gl.constexpr = (SLOTS * slots.slot_bytes(COLUMNS) + GROUP * 512 - 1) // (GROUP * 512)
+    PLACES: gl.constexpr = SUMS if SUMS > RING else RING
+    shared = gl.allocate_shared_memory(gl.float32, [PLACES, GROUP, WARPS, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     acc = ()  # type: ignore[var-annotated]
     for _ in gl.static_range(TILES * (COLUMNS // 8)):
         acc = acc + (gl.zeros([32 * WARPS, 4], gl.float32, FOUR),)
+    HALF: gl.constexpr = x.dtype.element_ty == gl.float16
+    if SLOTS > 0:
+        acc = _through_slots(
+            acc,
+            x,
+            words_at,
+            scales_at,
+            thread,
+            m,
+            x_stride,
+            UNITS,
+            STEPS,
+            TILES,
+            WARPS,
+            COLUMNS,
+            TWO_LEVEL,
+            HALF,
+            STREAMING,
+            DEPTH,
+            SLOTS,
+            FOUR,
+        )
+    else:
+        acc = _through_registers(
+            acc,
+            x,
+            words_at,
+            scales_at,
+            thread,
+            m,
+            k,
+            x_stride,
+            UNITS,
+            STEPS,
+            TILES,
+            WARPS,
+            COLUMNS,
+            TWO_LEVEL,
+            HALF,
+            ALL_COLUMNS,
+            PAIRS,
+            EXCHANGE,
+            AHEAD,
+            STREAMING,
+            DEPTH,
+            FOUR,
+        )
+    _store(acc, shared, row_scale, bias, out, alpha, first, m, n, out_stride, TILES, WARPS, COLUMNS, HAS_BIAS)
+
+
+@gluon.jit
+def _through_slots(
+    acc,
+    x,
+    words_at,
+    scales_at,
+    thread,
+    m,
+    x_stride,
+    UNITS: gl.constexpr,
+    STEPS: gl.constexpr,
+    TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    HALF: gl.constexpr,
+    STREAMING: gl.constexpr,
+    DEPTH: gl.constexpr,
+    SLOTS: gl.constexpr,
+    FOUR: gl.constexpr,
+):  # type: ignore[no-untyped-def]
+    """The sums of each warp's units, x through its slots."""
+    warp = thread // 32
+    queue = ()  # type: ignore[var-annotated]
+    for step in gl.static_range(DEPTH):
+        queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES, STREAMING)
+    # Everything above is the weight's. x may still be written by the kernel before.
+    gl.inline_asm_elementwise(BEGIN, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+    start = slots.first(warp, SLOTS, COLUMNS)
+    for i in gl.static_range(SLOTS):
+        slots.ask(start + i * slots.slot_bytes(COLUMNS), x, i, thread, m, x_stride, UNITS, WARPS, COLUMNS)
+    slot = start
+    LOOP: gl.constexpr = (STEPS - DEPTH) // DEPTH * DEPTH
+    for turn in range(0, LOOP, DEPTH):
+        for i in gl.static_range(DEPTH):
+            b = slots.take(slot, thread, SLOTS - 1, COLUMNS, FOUR)
+            slots.ask(slot, x, turn + i + SLOTS, thread, m, x_stride, UNITS, WARPS, COLUMNS)
+            acc = _multiply(queue, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
+            queue = queue[2 * TILES :] + _load_unit(words_at, scales_at, turn + i + DEPTH, warp, UNITS, WARPS, TILES, STREAMING)
+            slot = slots.following(slot, start, SLOTS, COLUMNS)
+    LAST: gl.constexpr = STEPS - LOOP
+    for i in gl.static_range(LAST):
+        b = slots.take(slot, thread, _younger(i, LAST, SLOTS), COLUMNS, FOUR)
+        if i + SLOTS < LAST:
+            slots.ask(slot, x, LOOP + i + SLOTS, thread, m, x_stride, UNITS, WARPS, COLUMNS)
+        acc = _multiply(queue, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
+        queue = queue[2 * TILES :]
+        if i + DEPTH < LAST:
+            queue = queue + _load_unit(words_at, scales_at, LOOP + i + DEPTH, warp, UNITS, WARPS, TILES, STREAMING)
+        slot = slots.following(slot, start, SLOTS, COLUMNS)
+    slots.drain(thread)
+    return acc
+
+
+@gluon.jit
+def _through_registers(
+    acc,
+    x,
+    words_at,
+    scales_at,
+    thread,
+    m,
+    k,
+    x_stride,
+    UNITS: gl.constexpr,
+    STEPS: gl.constexpr,
+    TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    HALF: gl.constexpr,
+    ALL_COLUMNS: gl.constexpr,
+    PAIRS: gl.constexpr,
+    EXCHANGE: gl.constexpr,
+    AHEAD: gl.constexpr,
+    STREAMING: gl.constexpr,
+    DEPTH: gl.constexpr,
+    FOUR: gl.constexpr,
+):  # type: ignore[no-untyped-def]
+    """The sums of each warp's units, x straight into registers."""
+    warp = thread // 32
     # The next DEPTH units: words and scales of each tile. A queue, whose every turn the loop unrolls.
     queue = ()  # type: ignore[var-annotated]
     for step in gl.static_range(DEPTH):
@@ -247,7 +401,6 @@ def _decode(
     gl.inline_asm_elementwise(BEGIN, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
     b = _load_x(x, 0, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR)
     LOOP: gl.constexpr = (STEPS - DEPTH) // DEPTH * DEPTH
-    HALF: gl.constexpr = x.dtype.element_ty == gl.float16
     for start in range(0, LOOP, DEPTH):
         for i in gl.static_range(DEPTH):
             if AHEAD:
@@ -276,7 +429,7 @@ def _decode(
                     x, LOOP + i + 1, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR
                 )
             b = next_b
-    _store(acc, row_scale, bias, out, alpha, first, m, n, out_stride, TILES, WARPS, COLUMNS, HAS_BIAS)
+    return acc
 
 
 @gluon.jit
@@ -405,6 +558,7 @@ def _multiply(queue, b, acc, TILES: gl.constexpr, COLUMNS: gl.constexpr, TWO_LEV
 @gluon.jit
 def _store(
     acc,
+    shared,
     row_scale,
     bias,
     out,
@@ -422,7 +576,6 @@ def _store(
     BLOCKS: gl.constexpr = COLUMNS // 8
     GROUP: gl.constexpr = WARPS // 4
     ROUNDS: gl.constexpr = (TILES * BLOCKS + GROUP - 1) // GROUP
-    shared = gl.allocate_shared_memory(gl.float32, [ROUNDS, GROUP, WARPS, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     for i in gl.static_range(TILES * BLOCKS):
         shared.index(i // GROUP).slice(i % GROUP, 1, dim=0).store(gl.reshape(acc[i], [1, WARPS, 128]))
     BY_WARP: gl.constexpr = gl.BlockedLayout([1, WARPS, 1], [1, 1, 32], [GROUP, 1, 4], [2, 1, 0])

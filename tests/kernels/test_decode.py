@@ -23,6 +23,7 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 import ptx  # noqa: E402
 
 from fp4bench.kernels import decode as kernel  # noqa: E402
+from fp4bench.kernels import slots  # noqa: E402
 from fp4bench.kernels.decode import DecodeConfig, fits, gemm  # noqa: E402
 
 FORMATS = [MXFP4, NVFP4]
@@ -167,7 +168,7 @@ def compiled(capability=90, k=8192, columns=8, fmt=MXFP4, dtype=torch.bfloat16, 
     constants = {
         **{"UNITS": units, "STEPS": -(-units // warps), "TILES": tiles, "WARPS": warps, "COLUMNS": columns, "DEPTH": 1},
         **{"TWO_LEVEL": fmt.has_tensor_scale, "HAS_BIAS": False, "ALL_COLUMNS": True, "PAIRS": True},
-        **{"EXCHANGE": False, "AHEAD": False, "STREAMING": 1},
+        **{"EXCHANGE": False, "AHEAD": False, "STREAMING": 1, "SLOTS": 0},
         **constants,
     }
     names = kernel._decode.arg_names
@@ -222,6 +223,65 @@ def test_it_compiles_to_mma_on_16_byte_loads_without_spills(variant, tmp_path):
     assert registers * 32 * variant["warps"] <= 65536
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"tiles": 4, "columns": 16, "SLOTS": 4, "DEPTH": 2},
+        {"tiles": 5, "columns": 16, "SLOTS": 2},
+        {"tiles": 5, "columns": 8, "fmt": NVFP4, "dtype": torch.float16, "SLOTS": 4, "DEPTH": 2},
+    ],
+    ids=["o", "qkv", "nvfp4"],
+)
+def test_through_slots_a_warp_waits_for_its_own_copies_alone_and_spills_nothing(variant, tmp_path):
+    binary = compiled(warps=16, **variant)
+    text = binary.asm["ptx"]
+    before, _, after = text.partition("griddepcontrol.wait")
+    loop = after[: after.rindex("mma.sync")]
+    assert "ldmatrix.sync" in loop
+    # x behind the wait for the kernel before, 16 bytes a lane, and never exchanged.
+    assert "cp.async" not in before
+    assert re.search(r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+;", loop)
+    assert "shfl.sync" not in text
+    # No barrier of the CTA before the sums meet.
+    assert "bar.sync" not in loop.replace("bar.warp.sync", "")
+    assert "barrier" not in loop
+    # The ring is all that is allocated, so that it lies where it is taken for.
+    ring = 16 * variant["SLOTS"] * slots.slot_bytes.fn(variant["columns"])
+    sums = 2048 * 4 * -(-variant["tiles"] * variant["columns"] // 32) * 4
+    assert binary.metadata.shared == max(ring, sums)
+    registers, stack = resources(binary, tmp_path)
+    assert stack == 0
+    assert registers * 32 * 16 <= 65536
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("wanted", [1, 2, 3, 4])
+def test_a_warp_waits_for_the_unit_that_it_takes(wanted, depth):
+    for steps in range(depth, 20):
+        number = min(wanted, steps)
+        asked, end = list(range(number)), (steps - depth) // depth * depth
+        for step in range(steps):  # as `_through_slots` goes about it
+            last = step - end
+            younger = number - 1 if last < 0 else kernel._younger.fn(last, steps - end, number)
+            assert asked[len(asked) - 1 - younger] == step
+            if last < 0 or last + number < steps - end:
+                asked.append(step + number)
+
+
+def test_x_goes_through_slots_where_it_can_be_copied():
+    weight = prepare(quantize(randn(80, 64 * 64), MXFP4))
+    x, out = torch.zeros(16, 64 * 64 + 8, dtype=torch.bfloat16), torch.zeros(16, 80, dtype=torch.bfloat16)
+
+    def slots_of(x, **launch):
+        return kernel._launch(x, weight, out, DecodeConfig(**launch), 1.0, None, False)[2]["SLOTS"]
+
+    assert slots_of(x[:, :-8], warps=16, slots=3) == 3
+    assert slots_of(x[:, 8:], warps=16, slots=3) == 3
+    assert slots_of(x[:, 7:-1], warps=16, slots=3) == 0
+    assert slots_of(x[:, :-9], warps=16, slots=3) == 0
+    assert slots_of(x[:, : 3 * 64], warps=16, slots=3) == 3
+
+
 @pytest.mark.parametrize("capability", [100, 120])
 def test_it_compiles_for_blackwell(capability):
     assert "mma.sync.aligned.m16n8k16" in compiled(capability, tiles=2, warps=4).asm["ptx"]
@@ -249,9 +309,16 @@ def test_candidates_are_distinct_and_exchange_x_only_where_rows_share_the_loads(
         assert any(config.exchange for config in found) == (m > 2)
 
 
-@pytest.mark.parametrize("change", [{"tiles": 0}, {"tiles": 9}, {"warps": 2}, {"warps": 32}, {"depth": 0}], ids=str)
-def test_a_config_that_cannot_be_is_refused(change):
-    with pytest.raises(ValueError, match="tiles is 1 to 8"):
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        *(({name: value}, "tiles is 1 to 8") for name, value in (("tiles", 0), ("tiles", 9), ("warps", 2), ("depth", 0))),
+        *(({"slots": value}, "slots is 0 to 4") for value in (-1, 5)),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_is_refused(change, why):
+    with pytest.raises(ValueError, match=why):
         DecodeConfig(**change)
 
 
@@ -264,6 +331,10 @@ LAUNCHES = [
     (1, 2, DecodeConfig(tiles=1, warps=8)),
     (337, 2880, DecodeConfig(tiles=7, warps=16, depth=2, ahead=True, exchange=True)),
     (48, 64, DecodeConfig(tiles=2, warps=4, depth=2)),
+    (256, 2048, DecodeConfig(tiles=4, warps=16, slots=2)),
+    (337, 2880, DecodeConfig(tiles=7, warps=8, slots=4, depth=2)),
+    (80, 4096, DecodeConfig(tiles=5, warps=16, slots=1, depth=2)),
+    (100, 640, DecodeConfig(tiles=2, warps=4, slots=3)),
 ]
 
 
