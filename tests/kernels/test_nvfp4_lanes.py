@@ -1,4 +1,4 @@
-"""NVFP4 at the speed of memory, tested as `test_mxfp4` does it."""
+"""NVFP4 at the speed of memory, tested as `test_mxfp4_lanes` does it."""
 
 import numpy as np
 import pytest
