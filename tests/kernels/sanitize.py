@@ -57,6 +57,8 @@ DECODES = (
     Product(W4A16, MXFP4, 9, 100, 333, DecodeConfig(tiles=5, warps=8, exchange=True, ahead=True)),
     Product(W4A16, NVFP4, 16, 337, 1090, DecodeConfig(tiles=7, warps=16, exchange=True, ahead=True, depth=2)),
     Product(W4A16, MXFP4, 2, 72, 1088, DecodeConfig(tiles=2, warps=16, ahead=True)),
+    Product(W4A16, MXFP4, 16, 337, 1088, DecodeConfig(tiles=5, warps=16, slots=2)),
+    Product(W4A16, NVFP4, 3, 51, 640, DecodeConfig(tiles=2, warps=4, slots=4, depth=2)),
 )
 # Shares of k, whole tiles, one warpgroup to four, tiles that hang over n and m, rows of x that are copied because TMA cannot
 # read them, and scaled rows.
