@@ -31,7 +31,7 @@ def test_each_product_is_one_that_its_launch_computes(product):
     assert weight.rest is None  # a weight in parts has a launch of its own
     if isinstance(product.launch, DecodeConfig):
         assert decode.fits(product.m, weight)
-        x, out = torch.empty(product.m, product.k, dtype=torch.bfloat16), torch.empty(product.m, product.n, dtype=torch.bfloat16)
+        x, out = (torch.empty(product.m, columns, dtype=torch.bfloat16) for columns in (product.k, product.n))
         constants = decode._launch(x, weight, out, product.launch, 1.0, None, False)[2]
         assert (constants["SLOTS"] > 0) == (product.launch.slots > 0)
     else:
