@@ -5,8 +5,8 @@
 The rule, for work (operand, format, m, n, k): of the entries with its operand and format, those tuned for an m of at least its
 own come first, the nearest such m before the others; then the nearest shape, |log2(n / n')| + |log2(k / k')|; then the first in
 the file. A `decode` entry serves no more rows than it was tuned for, nor does a `prefill` entry of a tile narrower than 128
-rows of x. Shapes further off than `FARTHEST` serve nobody: then, and without a table, the kernels' defaults are taken. A GPU
-without a table of its own uses that of one with as many SMs of the same compute capability.
+rows of x. Shapes further off than `FARTHEST` serve nobody: then, and without a table, the kernels' defaults are taken. Tables
+of GPUs with as many SMs of the same compute capability are read too: of entries as near, a GPU's own comes first.
 """
 
 import json
@@ -85,8 +85,7 @@ class Table:
 
 def choose(work: Work, device: Device) -> Launch:
     """The launch of `work` on a CUDA device: tuned where a table has it, else the kernel's default."""
-    table = table_of(device)
-    entry = nearest(work, table.entries) if table else None
+    entry = nearest(work, (entry for table in tables_of(device) for entry in table.entries))
     return entry.launch if entry else default(work, device)
 
 
@@ -153,12 +152,12 @@ def _shape_distance(tuned: Work, work: Work) -> float:
 # --- Files ------------------------------------------------------------------------------------------------------------------
 
 
-def table_of(device: Device) -> Table | None:
-    """The table of a GPU: its own, or that of a like one. Raises ValueError for a file that is no table."""
+def tables_of(device: Device) -> list[Table]:
+    """The tables that serve a GPU: its own, then those of like ones. Raises ValueError for a file that is no table."""
     tables = _tables(tuple(_folders()))
-    own = (table for table in tables if table.gpu == device.name)
-    like = (t for t in tables if (t.capability, t.sm_count) == (device.capability, device.sm_count))
-    return next(own, None) or next(like, None)
+    own = [table for table in tables if table.gpu == device.name]
+    like = [t for t in tables if (t.capability, t.sm_count) == (device.capability, device.sm_count)]
+    return own + [table for table in like if table not in own]
 
 
 def table_path(device: Device, folder: Path | None = None) -> Path:

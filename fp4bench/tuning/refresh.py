@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from fp4bench.devices import Device
-from fp4bench.kernels.configs import Entry, Launch, Table, Work, launch_as_json, table_of
+from fp4bench.kernels.configs import Entry, Launch, Table, Work, launch_as_json, tables_of
 from fp4bench.tuning.readings import Readings
 
 # A launch is replaced by one that is faster by more than this: medians of one launch differ by some tenths of a percent.
@@ -31,8 +31,8 @@ def refreshed(
     """The table of a GPU with the best launch of each work that was measured, and what of it differs from `current`."""
     assert device.capability is not None
     assert device.sm_count is not None
-    old = table_of(device)
-    entries = {entry.work: entry for entry in old.entries} if old and old.gpu == device.name else {}
+    own = next((table.entries for table in tables_of(device) if table.gpu == device.name), ())
+    entries = {entry.work: entry for entry in own}
     changes = []
     for work in works:
         measured, was = readings.careful(work), current(work)

@@ -107,13 +107,19 @@ def test_a_file_that_is_no_table_is_one_sentence(tmp_path, change, why):
     assert str(path) in str(error.value)
 
 
-def test_a_folder_of_ones_own_goes_first_and_a_like_gpu_lends_its_table(tmp_path, monkeypatch):
+def test_a_folder_of_ones_own_goes_first_and_a_like_gpu_lends_what_is_nearer(tmp_path, monkeypatch):
     monkeypatch.setenv(configs.FOLDER_VARIABLE, str(tmp_path))
     table = Table("NVIDIA Own", (9, 0), 99, {}, (entry(8, tiles=5),))
+    lent = Table("NVIDIA Lender", (9, 0), 99, {}, (entry(8, tiles=6), entry(16, tiles=7), entry(8, n=16384, tiles=8)))
     (tmp_path / "own.json").write_text(configs.dump(table))
+    (tmp_path / "a-lender.json").write_text(configs.dump(lent))
     assert configs.choose(WORK, replace(H200, name="NVIDIA Own", sm_count=99)).tiles == 5
-    assert configs.table_of(replace(H200, name="NVIDIA Like", sm_count=99)) == table
-    assert configs.table_of(replace(H200, name="NVIDIA Other", sm_count=98)) is None
+    own = replace(H200, name="NVIDIA Own", sm_count=99)
+    assert configs.choose(replace(WORK, m=16), own).tiles == 7
+    assert configs.choose(replace(WORK, n=12000), own).tiles == 8
+    assert configs.tables_of(own) == [table, lent]
+    assert configs.tables_of(replace(H200, name="NVIDIA Like", sm_count=99)) == [lent, table]
+    assert configs.tables_of(replace(H200, name="NVIDIA Other", sm_count=98)) == []
 
 
 def test_the_tables_of_the_package_are_tables():

@@ -45,8 +45,8 @@ class MadeUp:
 
 @pytest.fixture
 def no_tables(monkeypatch):
-    monkeypatch.setattr(configs, "table_of", lambda device: None)
-    monkeypatch.setattr(refresh, "table_of", lambda device: None)
+    monkeypatch.setattr(configs, "tables_of", lambda device: [])
+    monkeypatch.setattr(refresh, "tables_of", lambda device: [])
 
 
 def best_of(readings, work=WORK):
@@ -158,7 +158,7 @@ def test_a_lost_gpu_ends_the_process_and_what_does_not_fit_ends_the_work_alone(n
 def test_a_table_keeps_what_was_not_measured(monkeypatch):
     other = configs.Entry(Work("bf16", "mxfp4", 1, 512, 512), DecodeConfig(3), 1e-6)
     table = configs.Table(H200.name, (9, 0), 132, {"triton": "0"}, (other,))
-    monkeypatch.setattr(refresh, "table_of", lambda device: table)
+    monkeypatch.setattr(refresh, "tables_of", lambda device: [table])
     readings = Readings(())
     search([WORK], H200, MadeUp().open, readings)
     made, _ = refresh.refreshed(H200, {"triton": "1"}, [WORK], readings, lambda work: DecodeConfig(1))
