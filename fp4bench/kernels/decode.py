@@ -2,11 +2,24 @@
 
 At these M the time is that of reading the weight once. So the weight goes from memory into registers in the order in which the
 tensor cores take it (`weights`): a lane's 16-byte load is its A operand of four `mma.sync` of depth 16, W's rows being the rows
-of the product and up to 8 rows of x its columns. No shared memory, no barrier and no change of layout are in the loop. The
-warps of a CTA split k, and their sums meet in shared memory at the end, in a fixed order: the same bits on every run.
+of the product and up to 8 rows of x its columns. No barrier and no change of W's layout are in the loop, nor shared memory, but
+where x comes through slots that a warp has for itself (`slots`). The warps of a CTA split k, and their sums meet in shared
+memory at the end, in a fixed order: the same bits on every run.
 
 Under programmatic dependent launch (`pdl`) a kernel reads its first weights while the kernel before it still runs, and waits
 for that one only before it reads x.
+
+What was tried at m = 16, where 128 CTAs read all of x, o and qkv of Llama-3.3-70B, microseconds on an NVIDIA H100
+(`baselines/NVIDIA-H100-80GB-HBM3/kernels/2026-11-27_decode-slots-trial.jsonl`):
+
+- x exchanged among lanes 16.5 and 19.5, by slots 14.2 and 17.9: 346 instructions a unit instead of 396, of those that take two
+  cycles a quarter fewer. 1.4 us were predicted, of an H200. What is read of x is the same.
+- Two units of weights ahead instead of one, x by slots: at m = 1 12.9 instead of 13.6 and 16.1 instead of 16.7; at m = 16 14.4
+  instead of 14.7, and with 5 tiles 21.0, which spills.
+- Weights by shared memory too, three units in flight, to keep the registers: 15.4 and 22.0, though 13.5 and 15.5 were predicted
+  of an H200. Why is not known.
+- Twice the rows a CTA, which halve the reading of x, need a sum over two CTAs. 8 tiles of 8 warps without that, on half of the
+  SMs: 24.0. Triton 3.6 has no multicast, by which two CTAs would read x once.
 """
 
 from dataclasses import dataclass
