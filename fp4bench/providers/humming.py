@@ -7,8 +7,8 @@ out once, padded as vLLM pads them, and chooses its launch for each m.
 FP8 activations get a float32 scale a row, amax / 448, within the call. MXFP4 weights then become E4M3 by one scale a tensor:
 exact while the block scales of a tensor lie within 11 binades; Humming rounds the blocks below.
 
-Beside float16 activations MXFP4 scales have 5 bits of exponent: exact while those of a tensor lie within 29 binades, of which
-Humming keeps the upper ones.
+Beside float16 activations MXFP4 scales have 5 bits of exponent: exact while those of a tensor lie within 29 binades; a block
+below becomes zero (NVIDIA H100).
 
 Where several thread blocks share an output, they add their parts up in its own type, in memory: outputs are less exact than
 float32 sums, and the less the fewer tiles there are for all of them (NVIDIA H200, n = 128, k = 1344, where 21 blocks can share
