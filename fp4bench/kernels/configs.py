@@ -124,11 +124,14 @@ def _default_decode(work: Work, sm_count: int) -> DecodeConfig:
     """One CTA of 16 warps an SM, in one wave, where 5 tiles of 16 rows each are enough for that; else many small CTAs.
 
     What the best launches of the four layers of Llama-3.3-70B have in common (NVIDIA H200): on qkv at m = 1 5 tiles, 128 CTAs,
-    take 14.0 us, and 4 tiles, 160 CTAs, 21.9.
+    take 14.0 us, and 4 tiles, 160 CTAs, 21.9. x through slots is the fastest of qkv and o at m = 1, 8 and 16, with two units of
+    weights ahead while there are registers for them: up to 8 rows of x.
     """
     all_tiles = -(-work.n // 16)
     tiles = -(-all_tiles // sm_count)
-    return DecodeConfig(tiles, 16, exchange=work.m > 2, ahead=work.m > 2) if tiles <= 5 else DecodeConfig(4, 4)
+    if tiles > 5:
+        return DecodeConfig(4, 4)
+    return DecodeConfig(tiles, 16, slots=4, depth=2) if work.m <= 8 else DecodeConfig(tiles, 16, slots=2)
 
 
 def _serves(entry: Entry, work: Work) -> bool:

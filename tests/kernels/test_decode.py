@@ -284,7 +284,10 @@ def test_x_goes_through_slots_where_it_can_be_copied():
 
 @pytest.mark.parametrize("capability", [100, 120])
 def test_it_compiles_for_blackwell(capability):
-    assert "mma.sync.aligned.m16n8k16" in compiled(capability, tiles=2, warps=4).asm["ptx"]
+    for slots_of_x in (0, 2):
+        text = compiled(capability, tiles=2, warps=4, SLOTS=slots_of_x).asm["ptx"]
+        assert "mma.sync.aligned.m16n8k16" in text
+        assert ("cp.async.cg" in text) == (slots_of_x > 0)
 
 
 def test_odd_sizes_read_x_by_masked_halves():
