@@ -12,7 +12,9 @@ the use of the result is behind it: then nothing overlaps).
 
 CTAs are persistent, one or more an SM. The tiles that do not fill a last round are cut along k into equal shares for all CTAs;
 so are all tiles where there are fewer than CTAs (small m). Partial sums go to the workspace in float32, and the warpgroup that
-brings the last one of a tile adds them up, in the order of k: the result does not depend on who was last.
+brings the last one of a tile adds them up, in the order of k: the result does not depend on who was last. Where the tiles of
+one round more are cut with them (`pairs`), a share is longer than a tile, no more than two CTAs meet in one, and who comes last
+reads one partial sum instead of four or five (the two-tile schedule of Stream-K, Osama et al., 2023).
 
 What it bought, Llama-3.3-70B on NVIDIA H200s (`baselines/NVIDIA-H200/kernels/2026-11-27_tune-*.jsonl`): steps of 128 columns
 and a ring that fills shared memory, qkv at m = 64 29.2 us instead of 35.6; three CTAs of 64 rows an SM at m = 32, 22.1 instead
@@ -62,8 +64,8 @@ _FAR_BYTES = 160 * 1024
 _FAR_COLUMNS = 64
 
 # The first bytes of a workspace, which counters take and leave zero, whatever the launch: 4 for each tile that is cut along k
-# and each warpgroup, and fewer tiles are than CTAs run at once. Enough for 256 SMs of 4 CTAs.
-COUNTER_BYTES = 8192
+# and each warpgroup, and fewer than two tiles a CTA are. Enough for 170 SMs of 12 warpgroups, more than their threads allow.
+COUNTER_BYTES = 16384
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class PrefillConfig:
     group: m tiles that are worked on together, to share the L2. streamed: whether tiles are cut along k to fill all SMs.
     along_k: whether the warpgroups take steps of the same rows in turn, instead of rows of the same step.
     tail: columns of the tiles for the rows of W that fill no whole round of CTAs, which get a launch of their own; 0: none.
+    pairs: whether tiles for one round more are cut along k with those that fill none, so that no more than two CTAs share one.
     """
 
     rows: int = 128
@@ -87,6 +90,7 @@ class PrefillConfig:
     streamed: bool = True
     along_k: bool = False
     tail: int = 0
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -110,6 +114,8 @@ class PrefillConfig:
             raise ValueError(f"a {self.rows} x {self.columns} tile takes {self.accumulators} registers a thread, more than 128")
         if self.tail and self.tail not in _COLUMNS[: _COLUMNS.index(self.columns)]:
             raise ValueError(f"a tail is narrower than {self.columns} columns and one of {_COLUMNS}, not {self.tail}")
+        if self.pairs and not self.streamed:
+            raise ValueError("pairs of CTAs share tiles that are cut along k: such a launch is streamed")
         if self.stages < 2 or self.group < 1:
             raise ValueError(f"at least 2 stages and 1 m tile a group, not {self.stages} and {self.group}")
 
@@ -184,9 +190,18 @@ class Schedule:
             shared = tiles % ctas
             if shared * steps < _FEWEST_STEPS * ctas:  # not worth cutting; and a share of no step has no sum to collect
                 shared = 0
+            elif config.pairs:
+                shared += ctas
             return cls(ctas, shared, tiles, steps, n_tiles, m_tiles)
         ctas = max(tiles, min(ctas, tiles * steps // _FEWEST_STEPS))
         return cls(ctas, tiles if ctas > tiles else 0, tiles, steps, n_tiles, m_tiles)
+
+    @property
+    def sharers(self) -> str:
+        """How many CTAs may share a tile: "one", "two" where each CTA's share is longer than a tile, or "many"."""
+        if not self.shared:
+            return "one"
+        return "two" if self.shared >= self.ctas else "many"
 
 
 def default_config(m: int, x_itemsize: int = 2) -> PrefillConfig:
@@ -235,12 +250,13 @@ def candidates(m: int, x_itemsize: int, scales_per_byte: int) -> list[PrefillCon
                 continue
             made = PrefillConfig(rows, columns, depth, 2, warpgroups, ctas, group)
             most = min(6, made.most_stages(x_itemsize, scales_per_byte))
-            found += [replace(made, stages=most, streamed=streamed) for streamed in (True, False) if most > 1]
+            found += [replace(made, stages=most, streamed=s, pairs=p) for s, p in _CUTS if most > 1]
             if most > 1 and columns == 256 and m > columns:  # else a tile is all columns, and a tail decodes W again
                 found += [replace(made, stages=most, streamed=streamed, tail=tail) for streamed, tail in _TAILS]
     return [config for config in found if config.has_registers(x_itemsize)]
 
 
+_CUTS = ((True, False), (True, True), (False, False))
 _TAILS = ((False, 64), (False, 128), (True, 128))
 
 
@@ -413,7 +429,7 @@ def _launch(
         "FORM": form,
         "TWO_LEVEL": two_level,
         "IN_BYTES": weight.order is WordOrder.BYTES,
-        "SHARED": schedule.shared > 0,
+        "SHARERS": schedule.sharers,
         "HAS_X_SCALE": x_scale is not None,
         "HAS_BIAS": bias is not None,
         "FAR_STEPS": _far_steps(config, form) if pdl else 0,
@@ -535,6 +551,14 @@ def _scales_layout(repeats, units, per_g):
     registers += [[4 * p, 0] for p in _powers(repeats)]
     lanes = [[0, 0], [0, 0]] + [[0, per_g << i] for i in range(3)]
     return gl.DistributedLinearLayout(registers, lanes, [[1, 0], [2, 0]], [], [4 * repeats, 8 * per_g * units])
+
+
+@gluon.constexpr_function
+def _columns_layout(columns):
+    """A number of each column: 64 of them in the lanes of two warps and, the same, two more; the others in registers."""
+    bits = [[p] for p in _powers(columns)]
+    lanes, warps = (bits + 5 * [[0]])[:5], (bits[5:6] or [[0]]) + [[0]]
+    return gl.DistributedLinearLayout(bits[6:], lanes, warps, [], [columns])
 
 
 @gluon.jit
@@ -736,7 +760,7 @@ def _consume(
     FORM: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
     IN_BYTES: gl.constexpr,
-    SHARED: gl.constexpr,
+    SHARERS: gl.constexpr,
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
@@ -760,6 +784,9 @@ def _consume(
             _release(barriers, count, STAGES)
             count += SPLIT
         sums = _multiply(buffers, barriers, count, sums, MEMBER, REPEATS, UNITS, STAGES, FORM, TWO_LEVEL, IN_BYTES, OPERAND)
+        # Behind the wait for x, as the kernel before makes both; and not behind the loop, where they would be waited for.
+        n0 = at_n * (ROWS * (WARPGROUPS // SPLIT)) + MEMBER * ROWS
+        scales = _scales(pointers, bounds, n0, at_m * COLUMNS, ROWS, COLUMNS, SUMS, FORM, HAS_X_SCALE)
         for pair in range((end - begin - 1) // 2):
             for half in gl.static_range(2):
                 sums = _multiply(
@@ -777,14 +804,16 @@ def _consume(
             y = _add_up(y, handover, index, WARPGROUP, WARPGROUPS, ROWS, COLUMNS, SUMS)
             complete = WARPGROUP == 0
         if WARPGROUP == MEMBER:
-            if SHARED:
+            if SHARERS != "one":
                 if end - begin < steps:
-                    y, complete = _collect(
-                        y, partial, counters, tile, begin, schedule, MEMBER, WARPGROUPS // SPLIT, ROWS, COLUMNS, SUMS
-                    )
+                    if SHARERS == "two":
+                        y, complete = _meet(y, partial, counters, tile, begin, MEMBER, WARPGROUPS // SPLIT, ROWS, COLUMNS, SUMS)
+                    else:
+                        y, complete = _collect(
+                            y, partial, counters, tile, begin, schedule, MEMBER, WARPGROUPS // SPLIT, ROWS, COLUMNS, SUMS
+                        )
             if complete:
-                n0 = at_n * (ROWS * (WARPGROUPS // SPLIT)) + MEMBER * ROWS
-                _store(y, pointers, bounds, alpha, n0, at_m * COLUMNS, ROWS, COLUMNS, SUMS, FORM, HAS_X_SCALE, HAS_BIAS)
+                _store(y, scales, pointers, bounds, alpha, n0, at_m * COLUMNS, ROWS, COLUMNS, SUMS, HAS_X_SCALE, HAS_BIAS)
 
 
 @gluon.jit
@@ -849,6 +878,51 @@ def _collect(
 
 
 @gluon.jit
+def _meet(
+    y,
+    partial,
+    counters,
+    tile,
+    begin,
+    WARPGROUP: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SUMS: gl.constexpr,
+):
+    """`_collect` of a tile that two CTAs share. Who finds the other's sums there keeps its own in registers."""
+    SIZE: gl.constexpr = ROWS * COLUMNS
+    y = _by_thread(y, ROWS, COLUMNS)
+    counter = counters + tile * WARPGROUPS + WARPGROUP
+    cta = gl.program_id(0)
+    own = 2 * cta + gl.where(begin == 0, 1, 0)
+    other = gl.where(begin == 0, 2 * cta + 2, 2 * cta - 1)
+    complete = begin < 0
+    if begin == 0:
+        complete = gl.atomic_add(counter, 0, sem="acquire", scope="gpu") == 1
+    if complete == 0:
+        gl.store(partial + (own * WARPGROUPS + WARPGROUP).to(gl.int64) * SIZE + gl.arange(0, SIZE, y.type.layout), y)
+        gl.thread_barrier()
+        complete = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == 1
+    if complete:
+        y = _plus(y, partial + (other * WARPGROUPS + WARPGROUP).to(gl.int64) * SIZE, SIZE, 2)
+        gl.store(counter, 0)
+    return _by_row(y, ROWS, COLUMNS, SUMS), complete
+
+
+@gluon.jit
+def _plus(y, at, SIZE: gl.constexpr, HALVINGS: gl.constexpr):
+    """y + what lies there, in parts, so that not all of it takes registers at once."""
+    if HALVINGS == 0:
+        return y + gl.load(at + gl.arange(0, SIZE, y.type.layout), cache_modifier=".cg")
+    else:
+        low, high = y.reshape([2, SIZE // 2]).permute([1, 0]).split()
+        low = _plus(low, at, SIZE // 2, HALVINGS - 1)
+        high = _plus(high, at + SIZE // 2, SIZE // 2, HALVINGS - 1)
+        return gl.convert_layout(gl.join(low, high).permute([1, 0]).reshape([SIZE]), y.type.layout, assert_trivial=True)
+
+
+@gluon.jit
 def _by_thread(y, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """Sums (ROWS, COLUMNS) in the order that threads hold them: four of one lane, then its warp's lanes, so 512 bytes a store.
 
@@ -866,8 +940,35 @@ def _by_row(y, ROWS: gl.constexpr, COLUMNS: gl.constexpr, SUMS: gl.constexpr):
 
 
 @gluon.jit
+def _scales(
+    pointers,
+    bounds,
+    n0,
+    m0,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SUMS: gl.constexpr,
+    FORM: gl.constexpr,
+    HAS_X_SCALE: gl.constexpr,
+):
+    """-> what the rows and what the columns of a tile are multiplied by."""
+    out, row_scale, x_scale, bias, partial, counters = pointers
+    m, n, stride = bounds
+    # E4M3 holds value * 2**(6 - delta), the layout's row scale undoes value * 2**(1 - delta).
+    GAIN: gl.constexpr = 2.0**-5 if FORM == "e4m3" else 1.0
+    rows = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+    of_rows = gl.load(row_scale + rows, mask=rows < n, other=0.0) * GAIN
+    of_columns = of_rows
+    if HAS_X_SCALE:
+        columns = m0 + gl.arange(0, COLUMNS, _columns_layout(COLUMNS))
+        of_columns = gl.load(x_scale + columns, mask=columns < m, other=0.0)
+    return of_rows, of_columns
+
+
+@gluon.jit
 def _store(
     y,
+    scales,
     pointers,
     bounds,
     alpha,
@@ -876,22 +977,60 @@ def _store(
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
     SUMS: gl.constexpr,
-    FORM: gl.constexpr,
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """The epilogue in float32, then y^T in rows of 128 bytes a warpgroup."""
+    """The epilogue in float32, then y^T in rows of 128 bytes a warpgroup. Some columns at a time, or registers run out."""
+    if COLUMNS > 64:
+        of_rows, of_columns = scales
+        HALF: gl.constexpr = COLUMNS // 2
+        SUMS_OF_HALF: gl.constexpr = _halved(SUMS)
+        low, high = y.reshape([ROWS, 2, HALF]).permute([0, 2, 1]).split()
+        low = gl.convert_layout(low, SUMS_OF_HALF, assert_trivial=True)
+        high = gl.convert_layout(high, SUMS_OF_HALF, assert_trivial=True)
+        of_rows = gl.convert_layout(of_rows, gl.SliceLayout(1, SUMS_OF_HALF), assert_trivial=True)
+        of_low, of_high = of_rows, of_rows
+        if HAS_X_SCALE:
+            of_low, of_high = of_columns.reshape([2, HALF]).permute([1, 0]).split()
+        _store(low, (of_rows, of_low), pointers, bounds, alpha, n0, m0, ROWS, HALF, SUMS_OF_HALF, HAS_X_SCALE, HAS_BIAS)
+        _store(
+            high, (of_rows, of_high), pointers, bounds, alpha, n0, m0 + HALF, ROWS, HALF, SUMS_OF_HALF, HAS_X_SCALE, HAS_BIAS
+        )
+    else:
+        _store_columns(y, scales, pointers, bounds, alpha, n0, m0, ROWS, COLUMNS, SUMS, HAS_X_SCALE, HAS_BIAS)
+
+
+@gluon.constexpr_function
+def _halved(sums):
+    """The layout of half as many columns."""
+    rows, columns, depth = sums.instr_shape
+    return gl.NVMMADistributedLayout(sums.version, sums.warps_per_cta, [rows, columns // 2, depth])
+
+
+@gluon.jit
+def _store_columns(
+    y,
+    scales,
+    pointers,
+    bounds,
+    alpha,
+    n0,
+    m0,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SUMS: gl.constexpr,
+    HAS_X_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
     out, row_scale, x_scale, bias, partial, counters = pointers
     m, n, stride = bounds
-    # E4M3 holds value * 2**(6 - delta), the layout's row scale undoes value * 2**(1 - delta).
-    GAIN: gl.constexpr = 2.0**-5 if FORM == "e4m3" else 1.0
-    rows = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
-    y = y * (gl.load(row_scale + rows, mask=rows < n, other=0.0) * GAIN)[:, None]
+    of_rows, of_columns = scales
+    y = y * of_rows[:, None]
     if HAS_X_SCALE:
-        columns = m0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, SUMS))
-        y = y * gl.load(x_scale + columns, mask=columns < m, other=0.0)[None, :]
+        y = y * gl.convert_layout(of_columns, gl.SliceLayout(0, SUMS))[None, :]
     y = y * alpha
     if HAS_BIAS:
+        rows = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
         y = y + gl.load(bias + rows, mask=rows < n, other=0.0).to(gl.float32)[:, None]
     LANES: gl.constexpr = 8 if ROWS == 64 else 16
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
@@ -935,7 +1074,7 @@ def _kernel(
     FORM: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
     IN_BYTES: gl.constexpr,
-    SHARED: gl.constexpr,
+    SHARERS: gl.constexpr,
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     FAR_STEPS: gl.constexpr,
@@ -975,7 +1114,7 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
-                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARERS, HAS_X_SCALE, HAS_BIAS)),
                 (_produce, load),
             ],
             [1],
@@ -985,9 +1124,9 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
-                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARERS, HAS_X_SCALE, HAS_BIAS)),
                 (_consume, (sides, 1, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
-                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARERS, HAS_X_SCALE, HAS_BIAS)),
                 (_produce, load),
             ],
             [4, 1],
@@ -997,13 +1136,13 @@ def _kernel(
         gl.warp_specialize(
             [
                 (_consume, (sides, 0, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
-                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARERS, HAS_X_SCALE, HAS_BIAS)),
                 (_consume, (sides, 1, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
-                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARERS, HAS_X_SCALE, HAS_BIAS)),
                 (_consume, (sides, 2, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
-                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARERS, HAS_X_SCALE, HAS_BIAS)),
                 (_consume, (sides, 3, WARPGROUPS, REPEATS, COLUMNS, UNITS, SPLIT, STAGES, GROUP,
-                              FORM, TWO_LEVEL, IN_BYTES, SHARED, HAS_X_SCALE, HAS_BIAS)),
+                              FORM, TWO_LEVEL, IN_BYTES, SHARERS, HAS_X_SCALE, HAS_BIAS)),
                 (_produce, load),
             ],
             [4, 4, 4, 1],

@@ -80,8 +80,8 @@ def _kernel_of(work: Work, launch: Launch, device: Device) -> object:
     assert isinstance(launch, PrefillConfig)
     assert device.sm_count is not None
     schedule = prefill.Schedule.of(work.m, -(-work.n // TILE_N), -(-work.k // UNIT_K), launch, device.sm_count)
-    same = replace(launch, streamed=True)
-    return work.operand, work.format, same, schedule.shared > 0, work.n % 16 == 0
+    same = replace(launch, streamed=True, pairs=False)
+    return work.operand, work.format, same, schedule.sharers, work.n % 16 == 0
 
 
 def _unread_weight(work: Work) -> PreparedWeight:

@@ -34,6 +34,25 @@ def test_tiles_are_cut_into_shares_for_all_or_dealt_out_evenly(m, n, k, streamed
     assert not streamed or whole % schedule.ctas == 0 or schedule.ctas == schedule.tiles or not schedule.shared
 
 
+@pytest.mark.parametrize(("m", "n", "k"), [(512, 10240, 8192), (1024, 10240, 8192), (300, 57344, 8192), (129, 24320, 640)])
+def test_in_pairs_no_more_than_two_ctas_share_a_tile(m, n, k):
+    """Cut at the same places as in `_piece`: the slots and counters of `_meet` are for two, who are neighbours."""
+    schedule = Schedule.of(m, n // 16, k // 64, PrefillConfig(columns=256, depth=64, pairs=True), 132)
+    alone = Schedule.of(m, n // 16, k // 64, PrefillConfig(columns=256, depth=64), 132)
+    assert (alone.sharers, schedule.sharers) == ("many", "two")
+    assert schedule.shared == alone.shared + 132
+    cuts = [cta * schedule.shared * schedule.steps // 132 for cta in range(133)]
+    for tile in range(schedule.shared):
+        begin, end = tile * schedule.steps, (tile + 1) * schedule.steps
+        sharers = [cta for cta in range(132) if cuts[cta] < end and cuts[cta + 1] > begin]
+        assert len(sharers) <= 2
+
+
+def test_where_no_tile_is_cut_nobody_shares_one():
+    whole = Schedule.of(512, 512, 128, PrefillConfig(columns=256, pairs=True), 128)
+    assert (whole.shared, whole.sharers) == (0, "one")
+
+
 @pytest.mark.parametrize("ctas", [1, 2, 3])
 @pytest.mark.parametrize("k", [64, 512, 5120])
 def test_no_share_of_the_cut_tiles_is_empty(k, ctas):
@@ -60,6 +79,7 @@ def test_no_share_of_the_cut_tiles_is_empty(k, ctas):
         ({"columns": 128, "along_k": True}, "share the k"),
         ({"columns": 16, "stages": 5, "along_k": True}, "multiple of 2 stages"),
         ({"columns": 16, "warpgroups": 1, "along_k": True}, "share the k"),
+        ({"streamed": False, "pairs": True}, "streamed"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(change, why):
@@ -78,7 +98,7 @@ def test_a_copy_of_x_does_not_lie_on_the_counters_of_other_products(streamed):
     assert not workspace[: prefill.COUNTER_BYTES].any()
 
 
-def compiled(form, fmt, config, in_bytes=False, shared=True):
+def compiled(form, fmt, config, in_bytes=False, sharers="many"):
     """The kernel as it is compiled for sm_90a and contiguous operands."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -108,18 +128,19 @@ def compiled(form, fmt, config, in_bytes=False, shared=True):
         "FORM": form,
         "TWO_LEVEL": fmt.has_tensor_scale,
         "IN_BYTES": in_bytes,
-        "SHARED": shared,
+        "SHARERS": "two" if config.pairs else sharers,
         "HAS_X_SCALE": form == "e4m3",
         "HAS_BIAS": False,
         "FAR_STEPS": prefill._far_steps(config, form),
         "REGISTERS": config.consumer_registers,
     }
     names = prefill._kernel.arg_names
+    divisible = {"n", "stride", *(name for name, type in types.items() if type.startswith("*"))}
     source = GluonASTSource(
         fn=prefill._kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in divisible},
     )
     options = {"num_warps": 4, "maxnreg": config.registers}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -149,6 +170,8 @@ def stack_bytes(binary, tmp_path):
         ("bf16", MXFP4, PrefillConfig(columns=64, rows=256, warpgroups=4), "m64n64k16"),
         ("e4m3", MXFP4, PrefillConfig(columns=128, depth=128), "m64n128k32"),
         ("bytes", MXFP4, PrefillConfig(columns=64, depth=128), "m64n64k32"),
+        ("bytes", MXFP4, PrefillConfig(columns=256, depth=128, stages=5), "m64n256k32"),
+        ("bytes", MXFP4, PrefillConfig(columns=256, depth=128, stages=5, pairs=True), "m64n256k32"),
         ("bytes", MXFP4, PrefillConfig(rows=64, columns=32, depth=128, along_k=True), "m64n32k32"),
         ("bf16", NVFP4, PrefillConfig(rows=64, columns=16, warpgroups=4, stages=8, along_k=True), "m64n16k16"),
     ],
@@ -226,6 +249,10 @@ CASES = [
     ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128)),
     ("bytes", MXFP4, 10240, 1024, 512, PrefillConfig(columns=256, depth=128, streamed=False, tail=64)),
     ("bf16", NVFP4, 10232, 1024, 1000, PrefillConfig(columns=256, tail=128)),
+    ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128, stages=5, pairs=True)),
+    ("bf16", NVFP4, 10232, 1024, 500, PrefillConfig(columns=256, pairs=True)),
+    ("fp16", MXFP4, 20472, 1056, 300, PrefillConfig(rows=256, pairs=True)),
+    ("bytes", MXFP4, 20472, 1000, 60, PrefillConfig(rows=64, columns=64, depth=128, warpgroups=1, ctas=2, pairs=True)),
     ("bytes", MXFP4, 1000, 1024, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
     *(("bf16", fmt, 1000, 1056, m, prefill.default_config(m)) for fmt in (MXFP4, NVFP4) for m in (17, 60, 100, 300)),
 ]
