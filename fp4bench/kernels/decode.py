@@ -13,8 +13,8 @@ What was tried at m = 16, where 128 CTAs read all of x: o and qkv of Llama-3.3-7
 (`baselines/NVIDIA-H100-80GB-HBM3/kernels/2026-11-27_decode-slots-trial.jsonl`) where no other is named:
 
 - x by slots instead of an exchange among lanes: 14.2 and 17.9 instead of 16.5 and 19.5, on an H200 12.8 and 16.7 instead of
-  16.0 and 18.4 (tune-6), where 14.3 and 16.3 were predicted: 346 instructions a unit instead of 396, and of those that take
-  integer units 143 instead of 196. What is read of x is the same.
+  16.0 and 18.4 (tune-6), where 14.3 and 16.3 were predicted: 346 instructions a unit instead of 396, and 152 instead of 198
+  of LOP3, SEL, SHF, PRMT, ISETP and IADD3 among them (SASS, 4 tiles). What is read of x is the same.
 - Two units of weights ahead instead of one, x by slots: at m = 1 12.9 instead of 13.6 and 16.1 instead of 16.7; at m = 16 14.4
   instead of 14.7, and with 5 tiles 21.0, which spills.
 - Weights by shared memory too, three units in flight, to keep the registers: 15.4 and 22.0, though 13.5 and 15.5 were predicted
