@@ -206,6 +206,7 @@ class Measurer:
                 "clock": measured.clock,
                 "l2": measured.l2,
                 "copies": measured.copies,
+                "placement": "arena" if self._kept else None,
                 "pace": measured.pace,
                 "gap_s": measured.gap_seconds,
                 "calls_per_sample": measured.calls_per_sample,

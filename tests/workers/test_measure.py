@@ -276,3 +276,11 @@ def test_operands_lie_in_one_arena_whatever_was_captured_before():
         measurer(TimeCase(one))
     assert places[0][1] > torch.cuda.get_device_properties("cuda").total_memory // 4
     assert places[1] != places[0] == places[2] == places[3]
+
+
+def test_a_record_says_where_operands_lay():
+    measurer, eager = Measurer("cpu"), case(EagerProvider())
+    measurer._clock = Rotating()
+    assert measurer(TimeCase(eager)).record["placement"] is None
+    measurer._kept = ["arena"]
+    assert measurer(TimeCase(eager)).record["placement"] == "arena"
