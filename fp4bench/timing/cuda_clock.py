@@ -1,6 +1,6 @@
 """The clock of CUDA GPUs: calls in a CUDA graph between clock stamps, paced; CUDA events where that cannot be."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
@@ -29,17 +29,16 @@ _EAGER_BURSTS = 9
 # More nodes than this make capture and instantiation slower than what is measured: 10,000 launches take some 0.1 s.
 _MOST_CALLS = 1000
 
-# A look at the GPU's state: the canary's chain of tiny kernels, so often that the graph is as large as those of timed chains.
-# It is captured for each look, and so are samples that are taken anew: the state may be one of the graphs of a moment.
-_LAUNCHES, _CHAINS = 20, 40
+# Tiny kernels in each graph of a chain: 24 us beside the 2 ms of a sample (H200).
+_LAUNCHES = 20
 
 
 class CudaClock:
     """Device time of calls that are captured in a CUDA graph.
 
     Several calls fill a sample. They work on copies of the operands that exceed the L2 together, or, where they are too small
-    for that, the L2 is overwritten before each call. A warm clock does neither. Paced samples of a chain of kernels that were
-    taken while launches cost something else than usual are taken anew (`steadiness`).
+    for that, the L2 is overwritten before each call. A warm clock does neither. Paced samples of a chain of kernels are taken
+    anew where launches cost something else than usual in their graph (`steadiness`).
 
     memory: the pool that its graphs share, or None for one of their own.
     """
@@ -49,10 +48,16 @@ class CudaClock:
         self._memory = memory
         self._device, self._l2_bytes, self._pace, self._warm = device, device.l2_bytes, pace, warm
         self._flush = torch.empty(0 if warm else 2 * device.l2_bytes, dtype=torch.int8, device=device.torch_name)
+        self._launches = _launches(device)
         # A rest before samples are taken anew would end the state that a sustained pace is to measure.
-        self._steadiness = (
-            Steadiness(_launches(device, pace.gap_seconds)) if pace.gap_seconds and stamps_available(device) else None
-        )
+        self._steadiness = self._steady() if pace.gap_seconds and stamps_available(device) else None
+
+    def _steady(self) -> Steadiness:
+        # As cold as in the graphs of cases: there a launch costs 2870 cycles, and 2310 where the L2 holds the chain (H200).
+        flush = None if self._warm else self._flush
+        with torch.cuda.device(self._device.torch_name):
+            alone = TimedGraph([self._launches], 1, self._device, flush, chain=self._launches)
+            return Steadiness(_launch_cost([alone.read() for _ in range(5)]))
 
     def copies(self, bytes_touched: int) -> int:
         return 1 if self._warm else copies_needed(bytes_touched, self._l2_bytes)
@@ -101,17 +106,21 @@ class CudaClock:
         rounds = max(1, min(round(self._pace.burst_seconds / seconds), _MOST_CALLS) // len(calls))
         delay = max(0.0, slowdown * seconds * rounds * len(calls) - self._spin_overhead) if slowdown else 0.0
 
+        kernels = kernels_of(calls[0], self._memory)
+        guard = self._steadiness if is_chain(kernels) else None
+
         def sampled() -> tuple[list[Reading], float, int]:
-            alone = rounds == 1 and not slowdown
-            graph = once if alone else TimedGraph(calls, rounds, self._device, flush, delay, self._memory)
+            alone = rounds == 1 and not slowdown and not guard
+            chain = self._launches if guard else None
+            graph = once if alone else TimedGraph(calls, rounds, self._device, flush, delay, self._memory, chain)
             readings, gap = take(graph.read, self._pace)
             if not graph.delayed():
                 raise RuntimeError(f"a delay of {delay * 1e6:.1f} us was asked for, and less was spent: this drills nothing")
             return readings, gap, graph.calls
 
-        kernels = kernels_of(calls[0], self._memory)
-        guard = self._steadiness if is_chain(kernels) else None
-        (readings, gap, timed), retaken = guard.under(sampled) if guard else (sampled(), None)
+        (readings, gap, timed), retaken = (
+            guard.under(sampled, lambda taken: _launch_cost(taken[0])) if guard else (sampled(), None)
+        )
         l2 = "warm" if self._warm else "cold" if flush is None else "cold_flush"
         found = self._measurement(readings, timed, l2)
         return replace(found, copies=len(calls), gap_seconds=gap, kernels=kernels, retaken=retaken)
@@ -171,24 +180,23 @@ class CudaClock:
         return Measurement(seconds, 1, "cuda_events", l2, pace=self._pace.name, gap_seconds=gap)
 
 
-def _launches(device: Device, rest_seconds: float) -> Callable[[], tuple[float, float]]:
-    """Reads seconds and SM cycles of a chain of tiny kernels in a graph of its own, after a rest: what launches cost now."""
+def _launches(device: Device) -> Call:
+    """A chain of tiny kernels, ready to be captured."""
     x = torch.zeros(256, device=device.torch_name)
 
     def chain() -> None:
         for _ in range(_LAUNCHES):
             x.add_(1.0)
 
-    def look() -> tuple[float, float]:
-        with torch.cuda.device(device.torch_name):
-            graph = TimedGraph([chain], _CHAINS, device)
-            sleep(rest_seconds)
-            readings = [graph.read() for _ in range(3)]
-        return median(r.seconds for r in readings), median(r.cycles or 0.0 for r in readings)
-
     with torch.cuda.device(device.torch_name):
         chain()
-    return look
+    return chain
+
+
+def _launch_cost(readings: Sequence[Reading]) -> tuple[float, float]:
+    """Medians of the seconds and SM cycles that a graph's chain of tiny kernels took."""
+    seconds, cycles = zip(*(reading.launches for reading in readings if reading.launches), strict=True)
+    return median(seconds), median(cycles)
 
 
 def _not_capturable(error: RuntimeError) -> bool:

@@ -40,11 +40,15 @@ def must_flush(bytes_touched: int, l2_bytes: int) -> bool:
 
 @dataclass(frozen=True)
 class Reading:
-    """One replay: seconds, SM cycles (None without stamps) and seconds by CUDA events, each of one call."""
+    """One replay: seconds, SM cycles (None without stamps) and seconds by CUDA events, each of one call.
+
+    launches: seconds and SM cycles of a chain of tiny kernels in the same graph, where it has one: what a launch costs in it.
+    """
 
     seconds: float
     cycles: float | None
     event_seconds: float
+    launches: tuple[float, float] | None = None
 
     @property
     def sm_mhz(self) -> float | None:
@@ -79,7 +83,8 @@ class TimedGraph:
     """`rounds` rounds of all calls in one graph. `read` replays it once.
 
     With a flush, each call stands between its own stamps and the L2 is overwritten before it; otherwise one pair of stamps
-    brackets all calls. `delay` seconds are spent inside the brackets, for drills; `delayed` tells whether they were.
+    brackets all calls. `delay` seconds are spent inside the brackets, for drills; `delayed` tells whether they were. `chain`,
+    tiny kernels that tell what launches cost, stands before all calls between stamps of its own.
     """
 
     def __init__(
@@ -90,11 +95,13 @@ class TimedGraph:
         flush: torch.Tensor | None = None,
         delay: float = 0.0,
         memory: GraphMemory | None = None,
+        chain: Call | None = None,
     ) -> None:
         assert device.sm_count is not None
         self.calls = len(calls) * rounds
-        self._flush = flush
-        self._stamps = _stamps(self.calls if flush is not None else 1, device)
+        self._flush, self._chain = flush, chain
+        self._brackets = self.calls if flush is not None else 1
+        self._stamps = _stamps(self._brackets + (chain is not None), device)
         self._delay, self._told = delay, torch.zeros(1, dtype=torch.int64, device=device.torch_name) if delay else None
         self._graph = torch.cuda.CUDAGraph()
         self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -106,6 +113,10 @@ class TimedGraph:
         # Each call's output lives until its copy is called again: outputs are as cold as operands.
         kept: list[Any] = [None] * len(calls)
         stamps, flush = self._stamps, self._flush
+        if stamps and self._chain:
+            stamps.start(self._brackets)
+            self._chain()
+            stamps.stop(self._brackets)
         if stamps and flush is None:
             stamps.start()
         for number in range(self.calls):
@@ -146,7 +157,10 @@ class TimedGraph:
         if not self._stamps:
             return Reading(by_events, None, by_events)
         elapsed = self._stamps.read()
-        return Reading(sum(e.seconds for e in elapsed) / self.calls, sum(e.cycles for e in elapsed) / self.calls, by_events)
+        timed, chain = elapsed[: self._brackets], elapsed[self._brackets :]
+        launches = (chain[0].seconds, chain[0].cycles) if chain else None
+        seconds, cycles = (sum(values) / self.calls for values in zip(*((e.seconds, e.cycles) for e in timed), strict=True))
+        return Reading(seconds, cycles, by_events, launches)
 
 
 def stamps_available(device: Device) -> bool:

@@ -1,4 +1,4 @@
-"""Samples are taken anew where the GPU was in a rare state: on a simulated one, whose launches are cheaper for a second."""
+"""Samples are taken anew where a graph's launches are cheap: on a simulated GPU, whose graphs of a rare moment are."""
 
 import pytest
 
@@ -10,13 +10,12 @@ TAKES = 0.3
 
 
 class Machine:
-    """A launch chain takes 24 us, and 20.5 within the given spans of time; sampling a case takes 0.3 s."""
+    """A chain of launches takes 24 us, and 20.5 in graphs captured within the given spans of time; a case takes 0.3 s."""
 
     def __init__(self, *spans, noise=0.0):
-        self.spans, self.noise, self.now, self.taken = spans, noise, 0.0, 0
+        self.spans, self.noise, self.now, self.taken = spans, noise, -1.0, 0
 
     def look(self):
-        self.now += 1e-3
         self.noise = -self.noise
         took = (20.5 if any(start <= self.now < stop for start, stop in self.spans) else 24.0) * (1 + self.noise)
         return took, took * 1980
@@ -25,24 +24,32 @@ class Machine:
         self.now += seconds
 
     def take(self):
-        """Whether samples are of the rare state, which a median shows from half of them on."""
+        """What launches cost in the graph of these samples."""
         self.taken += 1
-        start, self.now = self.now, self.now + TAKES
-        rare = sum(max(0.0, min(stop, self.now) - max(begin, start)) for begin, stop in self.spans)
-        return rare > TAKES / 2
+        look = self.look()
+        self.now += TAKES
+        return look
 
 
 def taken(machine, cases=20):
-    """What `cases` measurements gave, and how often each was taken anew."""
-    steady = Steadiness(machine.look, machine.sleep)
-    return [steady.under(machine.take) for _ in range(cases)]
+    """Whether each of `cases` measurements kept samples of cheap launches, and how often it was taken anew."""
+    steady = Steadiness(machine.look(), machine.sleep)
+    machine.now = 0.0  # a process sets up for longer
+    found = [steady.under(machine.take, lambda look: look) for _ in range(cases)]
+    return [(look[0] < 22, retaken) for look, retaken in found]
 
 
 @pytest.mark.parametrize("start", [0.15, 0.4, 1.0, 2.05, 3.3])
-def test_no_case_keeps_samples_of_a_rare_state_of_a_second(start):
+def test_no_case_keeps_samples_of_a_rare_moment(start):
     found = taken(Machine((start, start + 1.0)))
     assert [rare for rare, _ in found] == [False] * 20
     assert 0 < sum(retaken for _, retaken in found) <= 4
+
+
+def test_nor_of_a_moment_of_five_seconds():
+    found = taken(Machine((2.05, 7.05)))
+    assert [rare for rare, _ in found] == [False] * 20
+    assert sum(retaken for _, retaken in found) == 4
 
 
 def test_without_the_looks_a_case_would_keep_them(monkeypatch):
@@ -69,38 +76,41 @@ def test_noise_of_half_a_percent_costs_nothing():
     assert machine.taken == 20
 
 
-def test_a_process_that_begins_in_the_rare_state_finds_the_usual_one():
-    found = taken(Machine((0.0, 0.2)))
+def test_a_process_that_begins_in_a_rare_moment_finds_the_usual_one():
+    found = taken(Machine((-1.1, -0.9)))
     assert found[0] == (False, 3)  # until looks enough agree
     assert sum(retaken for _, retaken in found[1:]) == 0
 
 
 def test_a_state_that_stays_becomes_the_usual_one():
     found = taken(Machine((2.0, 1e9)), cases=40)
-    assert sum(retaken for _, retaken in found[-20:]) == 0
+    assert found[-20:] == [(True, 0)] * 20
 
 
 def test_a_device_that_is_never_steady_is_given_up():
     class Wild(Machine):
         def look(self):
-            super().look()
             return (24.0 * (1 + 0.1 * (self.taken % 3)),)
 
     machine = Wild()
     found = taken(machine, cases=50)
-    assert machine.taken <= 50 + 4 * 3 + 50 * 0.1
-    # Nobody may read of them that looks found nothing.
-    assert {retaken for _, retaken in found} == {None}
+    assert machine.taken <= 50 + 4 * 3
+    # Nobody may read of one that was off that a look found nothing.
+    assert sorted((retaken for _, retaken in found[-30:]), key=str) == [0] * 10 + [None] * 20
 
 
 @pytest.mark.gpu
-def test_looks_at_a_gpu_repeat():
-    from fp4bench.timing.cuda_clock import _launches
+def test_looks_at_graphs_repeat():
+    from fp4bench.timing.clock import clock_for
+    from fp4bench.timing.cuda_clock import _launch_cost
+    from fp4bench.timing.graphs import TimedGraph
 
-    look = _launches(find_device("cuda"), 0.01)
-    looks = sorted(look()[0] for _ in range(50))
+    device = find_device("cuda")
+    chain = clock_for(device)._launches
+    graphs = (TimedGraph([chain], 1, device, chain=chain) for _ in range(50))
+    looks = sorted(_launch_cost([graph.read()])[1] for graph in graphs)
     assert looks[0] > 0
-    # Half of them, for the rare state may be met while this runs.
+    # Half of them, for a rare moment may be met while this runs.
     assert looks[37] / looks[12] < 1.02
 
 
@@ -117,6 +127,7 @@ def test_calls_of_many_kernels_are_chains():
 def test_a_gpu_clock_takes_samples_anew_where_a_look_is_off(monkeypatch):
     import torch
 
+    from fp4bench.timing import cuda_clock
     from fp4bench.timing.clock import clock_for
 
     clock = clock_for(find_device("cuda"))
@@ -126,13 +137,15 @@ def test_a_gpu_clock_takes_samples_anew_where_a_look_is_off(monkeypatch):
         for _ in range(10):
             x.add_(1.0)
 
-    assert clock._steadiness is not None
+    cost, looks = cuda_clock._launch_cost, iter(range(1000))
 
-    def scaled(seen, share):
-        return tuple(value * share for value in seen)
+    def first_is_off(readings):
+        share = 0.85 if next(looks) == 0 else 1.0
+        return tuple(value * share for value in cost(readings))
 
-    look, looks = clock._steadiness._look, iter(range(1000))
-    monkeypatch.setattr(clock._steadiness, "_look", lambda: scaled(look(), 0.85 if next(looks) == 1 else 1.0))
+    monkeypatch.setattr(cuda_clock, "_launch_cost", first_is_off)
     assert clock.measure([lambda: x.add_(1.0)], x.nbytes).retaken is None
+    assert next(looks) == 0
+    looks = iter(range(1000))
     assert clock.measure([chain], x.nbytes).retaken >= 1
     assert clock_for(find_device("cuda"), "sustained")._steadiness is None
