@@ -310,7 +310,7 @@ def test_the_hosted_runner_does_what_ci_does():
     assert shell == [".ci/run"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     asked = set(",".join(re.findall(r"tox -e (\S+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))).split(","))
-    assert asked == {"lint", "types", "tests"}
+    assert asked == {"lint", "types", "gluon", "tests"}
 
 
 JOB = parse(WORKFLOWS["perf"])["jobs"]["perf"]
