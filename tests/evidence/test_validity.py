@@ -88,8 +88,9 @@ def test_of_two_products_both_must_drift_and_in_the_same_quantity():
     assert len(invalid_reasons(Conditions((*readings(steady, "bf16"), *readings(ramp, "copy"))), GPU_LIMITS)) == 1
 
 
-@pytest.mark.parametrize("path", sorted(H100.glob("*/*-fp8-canary-drifted.json")), ids=lambda path: path.stem)
-def test_the_fp8_product_of_an_h100_moves_alone_by_more_than_its_limit(path):
+@pytest.mark.parametrize("name", ["kernels/2026-11-27_llama3.3-70b", "moe/2026-11-27_deepseek-r1"])
+def test_the_fp8_product_of_an_h100_moves_alone_by_more_than_its_limit(name):
+    path = H100 / f"{name}-fp8-canary-drifted.json"
     stored = [
         CanaryReading(c["name"], c["at_s"], c["seconds"], c["sm_mhz"], c["cycles"])
         for c in json.loads(path.read_text())["fp4bench"]["canaries"]
