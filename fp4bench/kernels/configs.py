@@ -12,7 +12,7 @@ of GPUs with as many SMs of the same compute capability are read too: of entries
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from math import log2
 from pathlib import Path
@@ -192,9 +192,7 @@ def dump(table: Table) -> str:
 def launch_as_json(launch: Launch) -> dict[str, Any]:
     """A launch by its kernel and what differs from the kernel's defaults."""
     kernel = next(name for name, kind in KERNELS.items() if type(launch) is kind)
-    plain = KERNELS[kernel]()
-    changed = {name: value for name, value in asdict(launch).items() if value != getattr(plain, name)}
-    return {"kernel": kernel, **changed}
+    return {"kernel": kernel, **_changed(launch)}
 
 
 def launch_from_json(raw: Mapping[str, Any]) -> Launch:
@@ -203,10 +201,25 @@ def launch_from_json(raw: Mapping[str, Any]) -> Launch:
     kernel = rest.pop("kernel", None)
     if kernel not in KERNELS:
         raise ValueError(f"there is no kernel {kernel!r}")
-    kind = KERNELS[kernel]
-    if unknown := rest.keys() - {field.name for field in fields(kind)}:
-        raise ValueError(f"{kernel} has no {', '.join(sorted(unknown))}")
-    launch: Launch = kind(**rest)
+    return _made(KERNELS[kernel], rest)
+
+
+def _changed(launch: Launch) -> dict[str, Any]:
+    plain, values = type(launch)(), {field.name: getattr(launch, field.name) for field in fields(launch)}
+    changed = {name: value for name, value in values.items() if value != getattr(plain, name)}
+    return {name: _changed(value) if name == "tail" else value for name, value in changed.items()}
+
+
+def _made(kind: type[Any], raw: Mapping[str, Any]) -> Launch:
+    """Inverse of `_changed`."""
+    values = dict(raw)
+    if unknown := values.keys() - {field.name for field in fields(kind)}:
+        raise ValueError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
+    if "tail" in values:
+        if not isinstance(values["tail"], Mapping):
+            raise ValueError(f"a tail is a launch of its own, not {values['tail']!r}")
+        values["tail"] = _made(kind, values["tail"])
+    launch: Launch = kind(**values)
     return launch
 
 

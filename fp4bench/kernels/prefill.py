@@ -28,8 +28,10 @@ What m = 512 bought, E4M3, predicted and measured in `2026-11-27_w4a8-m512-trial
 before the loop, and 64 columns of the epilogue at a time, without spills, o 45.7 instead of 47.3, qkv with its tail 68.0
 instead of 71.4. Pairs, qkv at m = 256 39.0 instead of 42.3, at m = 512 65.8 instead of 68.8, where 1.2 rounds would be 55: CTAs
 that are each elsewhere in k do not ask the L2 for the same bytes at once; it is 69 % busy instead of 34, and the clock falls by
-3 %. Nothing: more stages for a tail of 64 columns, which waits for decoding (64 rows by 128 columns are as fast as pairs), and
-a tail that begins before the launch before it has ended. Worse: y transposed within warps, in rows of 32 bytes, o 46.3.
+3 %. A tail of 64 rows by 128 columns whose two warpgroups share k, qkv at m = 512 62.4 instead of 64.6 in pairs (predicted: 57
+to 62; `2026-11-27_w4a8-tails-trial.jsonl`, one card): a tail waits for decoding, and they decode half of k each. Steps of 256
+columns in the tail at m = 1024, 116.4 instead of 118.5. Nothing: more stages for a tail of 64 columns, shared k in one, and a
+tail that begins before the launch before it has ended. Worse: y transposed within warps, in rows of 32 bytes, o 46.3.
 
 E4M3: Hopper adds FP8 products with some 14 bits (`CUT_FP8_SUMS` of `fp4bench.problems`), bfloat16 and float16 ones in float32.
 """
@@ -81,7 +83,7 @@ class PrefillConfig:
     stages: steps that shared memory holds. warpgroups: 1, 2 or 4, which share the rows. ctas: CTAs an SM.
     group: m tiles that are worked on together, to share the L2. streamed: whether tiles are cut along k to fill all SMs.
     along_k: whether the warpgroups take steps of the same rows in turn, instead of rows of the same step.
-    tail: columns of the tiles for the rows of W that fill no whole round of CTAs, which get a launch of their own; 0: none.
+    tail: the launch of the rows of W whose tiles fill no whole round of CTAs; None: they are part of this one.
     pairs: whether tiles for one round more are cut along k with those that fill none, so that no more than two CTAs share one.
     """
 
@@ -94,7 +96,7 @@ class PrefillConfig:
     group: int = 8
     streamed: bool = True
     along_k: bool = False
-    tail: int = 0
+    tail: "PrefillConfig | None" = None
     pairs: bool = False
 
     def __post_init__(self) -> None:
@@ -110,15 +112,15 @@ class PrefillConfig:
         least = _WARPGROUP_ROWS * self.warpgroups // self.split
         if self.rows < least:
             raise ValueError(f"{self.warpgroups} warpgroups need at least {least} rows, not {self.rows}")
-        if self.along_k and (self.warpgroups == 1 or self.columns > 64):
+        if self.along_k and (self.warpgroups == 1 or self.columns > 128):
             raise ValueError(f"{self.warpgroups} warpgroups cannot share the k of {self.columns} columns")
         # A warpgroup that sees only some fills of a stage takes the one before last for its own: a barrier tells parity alone.
         if self.stages % self.split:
             raise ValueError(f"{self.split} warpgroups that share k need a multiple of {self.split} stages, not {self.stages}")
         if self.accumulators > 128:
             raise ValueError(f"a {self.rows} x {self.columns} tile takes {self.accumulators} registers a thread, more than 128")
-        if self.tail and self.tail not in _COLUMNS[: _COLUMNS.index(self.columns)]:
-            raise ValueError(f"a tail is narrower than {self.columns} columns and one of {_COLUMNS}, not {self.tail}")
+        if self.tail and (self.tail.tail or self.tail.rows * self.tail.columns >= self.rows * self.columns):
+            raise ValueError(f"a tail has smaller tiles than {self.rows} x {self.columns}, and none of its own: {self.tail}")
         if self.pairs and not self.streamed:
             raise ValueError("pairs of CTAs share tiles that are cut along k: such a launch is streamed")
         if self.stages < 2 or self.group < 1:
@@ -257,28 +259,41 @@ def candidates(m: int, x_itemsize: int, scales_per_byte: int) -> list[PrefillCon
             most = min(6, made.most_stages(x_itemsize, scales_per_byte))
             found += [replace(made, stages=most, streamed=s, pairs=p) for s, p in _CUTS if most > 1]
             if most > 1 and columns == 256 and m > columns:  # else a tile is all columns, and a tail decodes W again
-                found += [replace(made, stages=most, streamed=streamed, tail=tail) for streamed, tail in _TAILS]
+                whole = replace(made, stages=most, streamed=False)
+                found += [replace(whole, tail=tail) for tail in _tails(whole, x_itemsize, scales_per_byte)]
     return [config for config in found if config.has_registers(x_itemsize)]
 
 
 _CUTS = ((True, False), (True, True), (False, False))
-_TAILS = ((False, 64), (False, 128), (True, 128))
+
+
+def _tails(whole: PrefillConfig, x_itemsize: int, scales_per_byte: int) -> list[PrefillConfig]:
+    """Launches for the rows that `whole` leaves: its tiles with fewer columns, or of 64 rows, which wait for less decoding."""
+    narrow = [replace(whole, columns=columns, streamed=streamed) for columns, streamed in ((64, False), (128, False), (128, True))]
+    longer = [replace(tail, depth=2 * whole.depth) for tail in narrow[1:2] if whole.depth <= 128]
+    low = [replace(tail, rows=64, warpgroups=1) for tail in (narrow[1], *longer)]
+    low += [replace(narrow[1], rows=64, warpgroups=2, along_k=True, stages=2)]
+    made = []
+    for tail in (*narrow, *longer, *low):
+        most = min(8, tail.most_stages(x_itemsize, scales_per_byte)) // tail.split * tail.split
+        made += [replace(tail, stages=most)] if most > tail.split else []
+    return [tail for tail in made if tail.has_registers(x_itemsize)]
 
 
 def shares(m: int, weight: PreparedWeight, config: PrefillConfig, sms: int) -> list[tuple[int, int, PrefillConfig]]:
     """The launches of a product: (first, last) of W's tiles of 16 rows, and how they are launched.
 
     A product is one launch, or two where the configuration has a tail: rows whose tiles fill whole rounds of CTAs, then the
-    others in narrower tiles. On an H200 qkv of Llama-3.3-70B at m = 512 is 1.2 rounds of 128 x 256.
+    others in smaller tiles. On an H200 qkv of Llama-3.3-70B at m = 512 is 1.2 rounds of 128 x 256.
     """
-    alone = replace(config, tail=0)
+    alone = replace(config, tail=None)
     n_tiles, m_tiles = ceil(weight.tiles * TILE_N / config.rows), ceil(m / config.columns)
     ctas = sms * config.ctas
     whole = n_tiles * m_tiles // ctas * ctas // m_tiles
     if not config.tail or not 0 < whole < n_tiles:
         return [(0, weight.tiles, alone)]
     end = whole * (config.rows // TILE_N)
-    return [(0, end, replace(alone, streamed=False)), (end, weight.tiles, replace(alone, columns=config.tail))]
+    return [(0, end, replace(alone, streamed=False)), (end, weight.tiles, config.tail)]
 
 
 def why_not(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: PrefillConfig) -> str | None:
@@ -293,7 +308,7 @@ def why_not(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: Prefil
         return f"a step of {config.depth} columns of {x_dtype} is less than the 128 bytes that the tensor cores' layout has"
     if config.shared_bytes(x_dtype.itemsize, 2 if weight.format.has_tensor_scale else 1) > _SHARED_BYTES // config.ctas:
         return f"{config.ctas} CTAs of {config} do not fit the shared memory of an SM"
-    return None
+    return why_not(m, weight, x_dtype, config.tail) if config.tail else None
 
 
 def fits(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: PrefillConfig) -> bool:

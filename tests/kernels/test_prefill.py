@@ -75,8 +75,9 @@ def test_no_share_of_the_cut_tiles_is_empty(k, ctas):
         ({"rows": 64}, "warpgroups"),
         ({"warpgroups": 4}, "warpgroups"),
         ({"rows": 256, "columns": 256}, "tile"),
-        ({"columns": 64, "tail": 64}, "tail"),
-        ({"columns": 128, "along_k": True}, "share the k"),
+        ({"columns": 64, "tail": PrefillConfig(columns=64)}, "tail"),
+        ({"columns": 128, "tail": PrefillConfig(columns=64, tail=PrefillConfig(columns=32))}, "none of its own"),
+        ({"columns": 256, "along_k": True}, "share the k"),
         ({"columns": 16, "stages": 5, "along_k": True}, "multiple of 2 stages"),
         ({"columns": 16, "warpgroups": 1, "along_k": True}, "share the k"),
         ({"streamed": False, "pairs": True}, "streamed"),
@@ -173,6 +174,7 @@ def stack_bytes(binary, tmp_path):
         ("bytes", MXFP4, PrefillConfig(columns=256, depth=128, stages=5), "m64n256k32"),
         ("bytes", MXFP4, PrefillConfig(columns=256, depth=128, stages=5, pairs=True), "m64n256k32"),
         ("bytes", MXFP4, PrefillConfig(rows=64, columns=32, depth=128, along_k=True), "m64n32k32"),
+        ("bytes", MXFP4, PrefillConfig(rows=64, columns=128, depth=128, stages=8, along_k=True), "m64n128k32"),
         ("bf16", NVFP4, PrefillConfig(rows=64, columns=16, warpgroups=4, stages=8, along_k=True), "m64n16k16"),
     ],
 )
@@ -193,7 +195,7 @@ def test_it_compiles_to_wgmma_with_weights_in_registers(form, fmt, config, shape
     ("n", "m", "launches"), [(10240, 512, 2), (8192, 512, 1), (10240, 256, 1), (1000, 600, 1), (57344, 1024, 2)]
 )
 def test_a_tail_takes_the_rows_that_fill_no_round(n, m, launches):
-    config = PrefillConfig(columns=256, tail=64)
+    config = PrefillConfig(columns=256, tail=PrefillConfig(columns=64, depth=128))
     weight = weights.prepare(quantize(torch.randn(n, 64), MXFP4))
     parts = prefill.shares(m, weight, config, 132)
     assert len(parts) == launches
@@ -204,7 +206,14 @@ def test_a_tail_takes_the_rows_that_fill_no_round(n, m, launches):
         (first, last, whole), (_, _, tail) = parts
         tiles = Schedule.of(m, last - first, 1, whole, 132).tiles
         assert 0.97 < tiles / 132 / round(tiles / 132) <= 1
-        assert tail.columns == 64
+        assert tail == config.tail
+
+
+def test_a_tail_has_to_fit_as_well():
+    weight = weights.prepare(quantize(torch.randn(64, 64), MXFP4), torch.float8_e4m3fn, WordOrder.BYTES)
+    config = PrefillConfig(columns=256, depth=128, tail=PrefillConfig(depth=64))
+    assert "64 columns" in prefill.why_not(512, weight, torch.float8_e4m3fn, config)
+    assert prefill.fits(512, weight, torch.float8_e4m3fn, PrefillConfig(columns=256, depth=128, tail=LOW))
 
 
 def test_both_launches_write_their_rows_of_the_output(monkeypatch):
@@ -219,13 +228,14 @@ def test_both_launches_write_their_rows_of_the_output(monkeypatch):
 
     monkeypatch.setattr(prefill, "_launch", launch)
     monkeypatch.setattr(prefill, "_sms", lambda device: 4)
-    config = PrefillConfig(columns=256, tail=64)
+    config = PrefillConfig(columns=256, tail=PrefillConfig(rows=64, along_k=True))
     assert len(prefill.shares(300, weight, config, 4)) == 2
     monkeypatch.setattr(prefill, "_kernel", {(1,): lambda: None})
     prefill.gemm(x, weight, out, config=config, bias=bias)
     torch.testing.assert_close(out, x.float() @ decode(weights.restore(weight)).T + bias)
 
 
+LOW = PrefillConfig(rows=64, depth=128, stages=8, streamed=False, along_k=True)  # a tail's
 CASES = [
     ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64, streamed=False)),
     ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
@@ -247,8 +257,10 @@ CASES = [
     ("bytes", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
     ("bytes", MXFP4, 1000, 1024, 7, PrefillConfig(columns=8, rows=64, depth=256, warpgroups=1, ctas=2)),
     ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128)),
-    ("bytes", MXFP4, 10240, 1024, 512, PrefillConfig(columns=256, depth=128, streamed=False, tail=64)),
-    ("bf16", NVFP4, 10232, 1024, 1000, PrefillConfig(columns=256, tail=128)),
+    ("bytes", MXFP4, 10240, 1024, 512, PrefillConfig(columns=256, depth=128, tail=PrefillConfig(columns=64, depth=128))),
+    ("bytes", MXFP4, 10232, 1000, 500, PrefillConfig(columns=256, depth=128, tail=LOW)),
+    ("bf16", NVFP4, 10232, 1024, 1000, PrefillConfig(columns=256, tail=PrefillConfig())),
+    ("bf16", MXFP4, 200, 1000, 300, PrefillConfig(rows=64, streamed=True, along_k=True)),
     ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128, stages=5, pairs=True)),
     ("bf16", NVFP4, 10232, 1024, 500, PrefillConfig(columns=256, pairs=True)),
     ("fp16", MXFP4, 20472, 1056, 300, PrefillConfig(rows=256, pairs=True)),
