@@ -176,7 +176,9 @@ def by_card(baseline: Baseline) -> list[str]:
     """
     ranges = half_ranges(baseline) | half_ranges_of_six(baseline)
     wide = sorted((c for c in ranges if ranges[c] > _SHARES[1]), key=lambda case_id: -ranges[case_id])
-    cards = baseline.cards
+    # Of runs that today's are not compared with a card may be left that holds none of them.
+    holding = {card_of(session) for case_id in wide for session, _ in baseline.cases[case_id]}
+    cards = [card for card in baseline.cards if card in holding]
     if not wide or len(cards) < 2:
         return []
     lines = [

@@ -103,6 +103,12 @@ def test_each_card_of_a_wide_case_is_shown():
     assert repeats.by_card(baseline({"a": timing(1.0)}, {"a": timing(1.1)})) == []  # of one card
 
 
+def test_a_card_that_holds_no_wide_case_has_no_column():
+    runs = {"steady": timing(1.0)}, {"a": timing(1.0)}, {"a": timing(1.1)}
+    lines = repeats.by_card(baseline(*runs, sessions=[f"GPU-{card} 2026-11-01" for card in "xyz"]))
+    assert lines[2] == "| case | GPU-y | GPU-z | widest on a card |"
+
+
 def test_the_half_range_is_over_the_median():
     spread = repeats.half_ranges(
         baseline(*({"a": timing(t), "b": timing(1.0)} for t in (1.0, 1.02, 1.1)), {"once": timing(1.0)})
