@@ -1,42 +1,55 @@
-"""What README names exists: paths, commands, options, models, and the example provider to the letter."""
+"""What README and the account of the records name exists: paths, commands, options, models, the example provider to the letter.
+
+Their tables are what the records say, and every record is named.
+"""
 
 import configparser
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
+import documents
 import pytest
+from documents import DOCUMENTS, ROOT
 from products import product, run_of
 from recorded import write
 
 from fp4bench import cli
-from fp4bench.cli import report as cli_report
-from fp4bench.evidence import baselines, repeats
 from fp4bench.models import get_model
 from fp4bench.plugin.options import floors_table
 from fp4bench.problems import MODES
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+TEXTS = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+README, RECORDS = TEXTS.values()
+FENCES = FENCE.findall(README)
 BLOCKS = [body for _, body in FENCES]
-INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL))
+INLINE = [(path, text) for path in DOCUMENTS for text in re.findall(r"`([^`\n]+)`", FENCE.sub("", TEXTS[path]))]
 COMMANDS = [
     line.split("#")[0].strip() for body in BLOCKS for line in body.splitlines() if re.match(r"(python|tox|pytest) ", line)
 ]
-COMMANDS += [text for text in INLINE if re.match(r"(tox|pytest|fp4bench) ", text)]
+COMMANDS += [text for _, text in INLINE if re.match(r"(tox|pytest|fp4bench) ", text)]
 OF_FP4BENCH = re.compile(r"(tox -e fp4bench -- |fp4bench )(?=\w)")
 
 
 def is_path(text):
-    return re.fullmatch(r"[\w.]+(/[\w.]+)*(/|\.py|\.md|\.toml|\.ini)", text) and not text.startswith("path/")
+    """Also a pattern of paths, as `NVIDIA-H200/[0-9]*.json`; without a folder only what ends as this repository's texts do."""
+    word = r"[\w.*\[\]-]+"
+    folders = re.fullmatch(rf"{word}(/{word})*/|{word}(/{word})+", text)
+    return bool(folders or re.fullmatch(r"[\w.]+\.(py|md|toml|ini)", text)) and not text.startswith("path/")
 
 
 def paths():
+    """Each with the folder of the document that names it."""
     mapped = [word for body in BLOCKS for word in body.split() if word.startswith(("fp4bench/", "perf/", "tests/"))]
-    return sorted({text for text in (*INLINE, *mapped) if is_path(text)})
+    named = [*((path.parent, text) for path, text in INLINE), *((ROOT, text) for text in mapped)]
+    return sorted({(str(folder.relative_to(ROOT)), text) for folder, text in named if is_path(text)})
+
+
+def records():
+    """The files in the folders of a machine; its accepted runs beside these tell themselves what they are."""
+    return {path for path in (ROOT / "baselines").glob("*/*/**/*") if path.is_file()}
 
 
 def test_readme_names_paths_and_commands():
@@ -44,17 +57,24 @@ def test_readme_names_paths_and_commands():
     assert len(COMMANDS) > 6
 
 
-@pytest.mark.parametrize("path", paths())
-def test_every_path_exists(path):
-    found = ROOT / path
-    assert found.is_dir() if path.endswith("/") else found.is_file()
+@pytest.mark.parametrize(("folder", "path"), paths())
+def test_every_path_exists(folder, path):
+    found = [*(ROOT / folder).glob(path), *ROOT.glob(path)]
+    assert found
+    assert all(one.is_dir() if path.endswith("/") else one.is_file() for one in found)
+
+
+def test_every_record_is_named():
+    named = {one for folder, path in paths() if folder == "baselines" for one in (ROOT / folder).glob(path)}
+    assert len(named) > 80
+    assert sorted(records() - named) == []
 
 
 def test_the_map_shows_every_module():
     modules = {
         f"fp4bench/{p.name}{'/' if p.is_dir() else ''}" for p in (ROOT / "fp4bench").iterdir() if not p.name.startswith("__")
     }
-    assert modules - {"fp4bench/py.typed"} <= set(paths())
+    assert modules - {"fp4bench/py.typed"} <= {path for _, path in paths()}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +106,7 @@ def test_every_command_exists(command, pytest_help):
 def test_every_option_named_exists(pytest_help):
     commands = next(action.choices for action in cli.parser()._actions if action.choices)
     known = pytest_help + "".join(command.format_help() for command in commands.values())
-    named = {text.partition("=")[0] for text in INLINE if re.fullmatch(r"--[\w=-]+", text)}
+    named = {text.partition("=")[0] for _, text in INLINE if re.fullmatch(r"--[\w=-]+", text)}
     assert {"--models", "--had-sizes", "--device", "--lf", "--benchmark-compare", "--retire"} <= named
     assert [option for option in sorted(named) if option not in known] == []
 
@@ -110,47 +130,28 @@ def test_the_floors_table_shown_is_read(tmp_path):
     assert floors_table(tmp_path) == {"gemm-*-eager-*": 0.03}
 
 
-@pytest.mark.parametrize("machine", re.findall(r"<!-- spread (\S+) -->", README))
-def test_tables_of_spread_are_those_of_the_accepted_runs(machine):
-    (shown,) = re.findall(rf"<!-- spread {machine} -->\n(.*?)<!-- end -->", README, flags=re.DOTALL)
-    lines = repeats.spread(baselines.accepted(ROOT / "baselines" / machine, machine))
-    assert shown.strip().splitlines() == [line for line in lines if line.startswith("|")]
-
-
-def stale_kernel_tables(text):
-    """What follows `fp4bench report --kernels` in each `<!-- kernels ... -->` of a text that does not show what that prints.
-
-    Likewise `--compare` in each `<!-- compare ... -->`.
-    """
-    marked = re.findall(r"<!-- (kernels|compare) (.+?) -->\n(.*?)<!-- end -->", text, flags=re.DOTALL)
-    assert len(marked) == len(re.findall("<!-- (?:kernels|compare) ", text)), "a marker without its <!-- end -->"
-    return [words for report, words, shown in marked if shown.strip().splitlines() != kernel_table(words, report)]
-
-
-def kernel_table(words, report="kernels"):
-    asked = cli.parser().parse_args(["report", f"--{report}", *shlex.split(words)])
-    return cli_report.lines(asked)
-
-
-def test_tables_of_kernels_are_those_of_the_records(monkeypatch):
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_tables_are_those_of_the_records(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert stale_kernel_tables(README) == []
+    assert {kind for kind in ("kernels", "compare", "spread") if f"<!-- {kind} " not in TEXTS[path]} == set()
+    assert documents.stale(TEXTS[path]) == []
 
 
-def test_a_stale_table_of_kernels_is_found(tmp_path, monkeypatch):
+def test_a_stale_table_is_found_and_made_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "0001_a.json", run_of(product("torch", "bf16", 1, 40), product("triton", "w4a16", 1, 10)))
-    table = "\n".join(kernel_table("0001_a.json --modes w4a16"))
-    text = f"before\n<!-- kernels 0001_a.json --modes w4a16 -->\n{table}\n<!-- end -->\n"
+    comments = "kernels 0001_a.json --modes w4a16", "compare 0001_a.json", "compare 0001_a.json | triton"
+    text = documents.made_anew("".join(f"before\n<!-- {comment} -->\nstale\n<!-- end -->\n" for comment in comments))
+    assert (text.count("before\n"), text.count("stale\n")) == (3, 0)
     assert "4.00x" in text
-    assert stale_kernel_tables(text) == []
-    assert stale_kernel_tables(text.replace("4.00x", "4.10x")) == ["0001_a.json --modes w4a16"]
-    with pytest.raises(AssertionError, match="without its"):
-        stale_kernel_tables(text.replace("<!-- end -->", ""))
-    compared = "\n".join(kernel_table("0001_a.json", "compare"))
-    text += f"<!-- compare 0001_a.json -->\n{compared}\n<!-- end -->\n"
-    assert stale_kernel_tables(text) == []
-    assert stale_kernel_tables(text.replace("* 10.00", "* 10.10")) == ["0001_a.json"]
+    assert (text.count("| torch bf16"), text.count("| triton mxfp4 w4a16")) == (1, 2)
+    assert documents.stale(text) == []
+    assert documents.stale(text.replace("4.00x", "4.10x")) == [comments[0]]
+    assert documents.stale(text.replace("* 10.00", "* 10.10")) == [*comments[1:]]
+    assert documents.made_anew(text.replace("4.00x", "4.10x")) == text
+    for cut in (text.removesuffix("<!-- end -->\n"), text.replace("<!-- end -->", "", 1)):
+        with pytest.raises(ValueError, match="without its"):
+            documents.stale(cut)
 
 
 def test_the_two_set_up_commands_come_first():
