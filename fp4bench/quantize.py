@@ -253,7 +253,8 @@ def _encode_scale(groups: torch.Tensor, hadamard: int | None, given: torch.Tenso
 
 def _two_level_scales(amax: torch.Tensor, encode_scale: torch.Tensor, floor: float) -> torch.Tensor:
     wanted = (amax * (encode_scale * (1.0 / e2m1.MAX))).clamp(min=floor)
-    # An infinite block would saturate to a finite scale: it becomes a NaN block, like one that holds NaN.
+    # An infinite block would saturate to a finite scale, as it does in Transformer Engine: it becomes a NaN block, like one
+    # that holds NaN.
     return scales.e4m3_encode(torch.where(amax.isfinite(), wanted, torch.nan))
 
 

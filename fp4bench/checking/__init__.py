@@ -1,4 +1,7 @@
-"""Is an output right? Each problem's output against its reference, on the very tensors that are timed."""
+"""Is an output right? Each problem's output against its reference, on the very tensors that are timed.
+
+A module of its own, for comparing with a reference is not the reference.
+"""
 
 from typing import Any
 

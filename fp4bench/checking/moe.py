@@ -3,7 +3,8 @@
 What lies between the products is rounded or quantized, by hardware after other roundings than ours: a value next to a boundary
 falls on either side of it, and moves by a whole step of its format. So an output is judged by the variance of such differences,
 carried through the second product: each element to within 6 standard deviations, and all of them together to within 1.5. The
-first bound finds a wrong element, the second what is wrong by little everywhere.
+first bound finds a wrong element, the second what is wrong by little everywhere. Held to the largest difference that hardware
+may make instead, an output could lack a whole expert in W4A4.
 """
 
 from collections.abc import Callable

@@ -42,7 +42,8 @@ class BlockFormat:
         return (_named, (self.name,)) if FORMATS.get(self.name) is self else super().__reduce_ex__(protocol)
 
 
-# OCP Microscaling Formats (MX) v1.0, section 5.2: MXFP4 is 32 E2M1 elements with one E8M0 scale.
+# OCP Microscaling Formats (MX) v1.0, section 5.2: MXFP4 is 32 E2M1 elements with one E8M0 scale. The default rule is the one
+# that it names, though EVEN has less error on normal data.
 MXFP4 = BlockFormat(
     "mxfp4",
     block_size=32,

@@ -48,7 +48,7 @@ class TorchFastFp8Provider(TorchProvider):
     """FP8 as `torch`, with `use_fast_accum`: sums stay in the tensor cores, which keep 14 bits of them on Hopper.
 
     Servers use it (vLLM's FP8 products sum so), and with few rows of activations it is much faster. Without it, as `torch` is
-    timed, every few steps along k are added to float32 sums.
+    timed, every few steps along k are added to float32 sums. A provider of its own, as accepted runs belong to the exact ones.
     """
 
     name = "torch_fast_fp8"

@@ -47,6 +47,7 @@ class TritonProvider:
     }
 
     def __init__(self) -> None:
+        # Launches overlap by default, as in a server.
         self._pdl = os.environ.get(PDL_VARIABLE, "1") != "0"
         self.variant = None if self._pdl else "nopdl"
         version = installed_version("triton")

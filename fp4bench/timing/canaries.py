@@ -1,6 +1,7 @@
 """Kernels that are not ours, timed along a run: what they read is the machine's doing, and the ceilings of this run.
 
-Library products and a copy, large enough to fill the chip, and a chain of tiny kernels that waits for launches alone.
+Library products and a copy, large enough to fill the chip, and a chain of tiny kernels that waits for launches alone. They
+decide whether a run is valid, and correct no times: from card to card they moved otherwise than the cases did.
 """
 
 from __future__ import annotations
