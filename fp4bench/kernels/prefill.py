@@ -33,6 +33,10 @@ to 62; `2026-11-27_w4a8-tails-trial.jsonl`, one card): a tail waits for decoding
 columns in the tail at m = 1024, 116.4 instead of 118.5. Nothing: more stages for a tail of 64 columns, shared k in one, and a
 tail that begins before the launch before it has ended. Worse: y transposed within warps, in rows of 32 bytes, o 46.3.
 
+Weights beyond the ring, brought to the L2 before x is complete, are in the way of those that the ring waits for: at m = 32 W4A8
+with its quantization takes 15.03 us of o and 19.93 of qkv with 21 MB of them, and 13.94 and 18.20 without; all launches that
+were tried agree (`2026-11-27_w4a8-m32-trial.jsonl`).
+
 E4M3: Hopper adds FP8 products with some 14 bits (`CUT_FP8_SUMS` of `fp4bench.problems`), bfloat16 and float16 ones in float32.
 """
 
@@ -62,13 +66,6 @@ _BARRIERS_AND_SCRATCH = 6 * 1024
 _REGISTERS = 65536  # of an SM
 _PRODUCER_REGISTERS = 24  # the fewest that setmaxnreg allows
 _FEWEST_STEPS = 4  # a share of a tile is not worth its partial sum below that
-
-# Weights that the CTAs of an SM ask the L2 for while the kernel before still makes x: 21 MB on 132 SMs, under half of the L2,
-# are 5 us of an H200's memory, about what it takes to quantize few rows. Beyond that many columns arithmetic counts, not bytes.
-# For E4M3 alone: x in bfloat16 may come from anywhere, and where the kernel before is a product that needs the memory itself, o
-# and qkv of Llama-3.3-70B at m = 16 took 17.2 and 19.5 us with it and 15.1 and 17.3 without (NVIDIA H200s, tune-3 and tune-2).
-_FAR_BYTES = 160 * 1024
-_FAR_COLUMNS = 64
 
 # The first bytes of a workspace, which counters take and leave zero, whatever the launch: 4 for each tile that is cut along k
 # and each warpgroup, and fewer than two tiles a CTA are. Enough for 170 SMs of 12 warpgroups, more than their threads allow.
@@ -269,7 +266,9 @@ _CUTS = ((True, False), (True, True), (False, False))
 
 def _tails(whole: PrefillConfig, x_itemsize: int, scales_per_byte: int) -> list[PrefillConfig]:
     """Launches for the rows that `whole` leaves: its tiles with fewer columns, or of 64 rows, which wait for less decoding."""
-    narrow = [replace(whole, columns=columns, streamed=streamed) for columns, streamed in ((64, False), (128, False), (128, True))]
+    narrow = [
+        replace(whole, columns=columns, streamed=streamed) for columns, streamed in ((64, False), (128, False), (128, True))
+    ]
     longer = [replace(tail, depth=2 * whole.depth) for tail in narrow[1:2] if whole.depth <= 128]
     low = [replace(tail, rows=64, warpgroups=1) for tail in (narrow[1], *longer)]
     low += [replace(narrow[1], rows=64, warpgroups=2, along_k=True, stages=2)]
@@ -426,7 +425,6 @@ def _launch(
         weight.row_scale if bias is None else bias,
         partial,
         counters,
-        weight.words,
         m,
         weight.n,
         out.stride(0),
@@ -452,19 +450,12 @@ def _launch(
         "SHARERS": schedule.sharers,
         "HAS_X_SCALE": x_scale is not None,
         "HAS_BIAS": bias is not None,
-        "FAR_STEPS": _far_steps(config, form) if pdl else 0,
         "REGISTERS": config.consumer_registers,
         "num_warps": 4,
         "launch_pdl": pdl,
         "maxnreg": config.registers,
     }
     return (schedule.ctas,), arguments, constants
-
-
-def _far_steps(config: PrefillConfig, form: str) -> int:
-    """Steps of a CTA's first piece, beyond those in shared memory, whose words are brought to the L2 early."""
-    step = config.rows * config.depth // 2
-    return _FAR_BYTES // config.ctas // step if form == "e4m3" and config.columns <= _FAR_COLUMNS else 0
 
 
 def _check(x: torch.Tensor, weight: PreparedWeight, out: torch.Tensor, config: PrefillConfig) -> None:
@@ -536,7 +527,6 @@ def _carve(
 
 # --- Device code: layouts and decoding ---------------------------------------------------------------------------------------
 
-_TO_L2 = gl.constexpr("{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, $2; }")
 
 _BF16_MX, _SIXTEEN = (gl.constexpr(text) for text in assembly("bf16", False))
 _BF16_NV = gl.constexpr(assembly("bf16", True)[0])
@@ -666,30 +656,7 @@ def _place(tile, schedule, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _bring_to_l2(weight, tile, first, end, TILES: gl.constexpr, WORDS: gl.constexpr):
-    """One warp: the words of steps [first, end) of a tile, contiguous in each of its TILES times 16 rows, WORDS a step."""
-    words, n, units = weight
-    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    row = tile * TILES + lane
-    start = first * (4 * WORDS)
-    size = gl.minimum(end * (4 * WORDS), units * 512) - start
-    size = gl.where((lane < TILES) & (row * 16 < n), size, 0)
-    at = words.to(gl.int64) + row.to(gl.int64) * units * 512 + start
-    gl.inline_asm_elementwise(_TO_L2, "=r,l,r,~{memory}", [at, size], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _produce(
-    descriptors,
-    weight,
-    buffers,
-    barriers,
-    schedule,
-    SPLIT: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
-    FAR: gl.constexpr,
-):
+def _produce(descriptors, buffers, barriers, schedule, SPLIT: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr):
     """One warp: fill free stages. Each step of the schedule is one of each warpgroup, where they share k."""
     x_tiles, words, scales = descriptors
     x_buffer, words_buffer, scales_buffer = buffers
@@ -710,9 +677,6 @@ def _produce(
         step = begin + stage
         tma.async_copy_global_to_shared(words, [at_n * TILES, step * WORDS], ready, words_buffer.index(stage))
         tma.async_copy_global_to_shared(scales, [at_n * TILES, step * SCALES], ready, scales_buffer.index(stage))
-    if FAR > 0:
-        far = gl.minimum(end, begin + early + FAR)
-        _bring_to_l2(weight, at_n, begin + early, gl.where(early > 0, far, 0), TILES, WORDS)
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     gl.inline_asm_elementwise(BEGIN, "=r,r,~{memory}", [lane], dtype=gl.int32, is_pure=False, pack=1)
     for stage in range(early):
@@ -1073,7 +1037,6 @@ def _kernel(
     bias,
     partial,
     counters,
-    all_words,
     m,
     n,
     stride,
@@ -1097,7 +1060,6 @@ def _kernel(
     SHARERS: gl.constexpr,
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    FAR_STEPS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     x_buffer = gl.allocate_shared_memory(x_tiles.dtype, [STAGES] + x_tiles.block_type.shape, x_tiles.layout)
@@ -1125,8 +1087,7 @@ def _kernel(
     schedule = (ctas, shared, tiles, steps, n_tiles, m_tiles)
     pointers = (out, row_scale, x_scale, bias, partial, counters)
     bounds = (m, n, stride)
-    weight = (all_words, n, words.shape[1] // 128)
-    load = ((x_tiles, words, scales), weight, buffers, barriers, schedule, SPLIT, STAGES, GROUP, FAR_STEPS)
+    load = ((x_tiles, words, scales), buffers, barriers, schedule, SPLIT, STAGES, GROUP)
     sides = (buffers, barriers, handover, pointers, schedule, bounds, alpha)
     # The partitions are written out: tuples that hold FORM, a string, cannot be put together.
     # fmt: off

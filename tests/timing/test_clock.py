@@ -113,10 +113,13 @@ def test_a_drill_slows_down_by_what_it_says(cuda_clock, size, slowdown):
 
     x = torch.randn(size, device="cuda")
     y = torch.empty_like(x)
-    plain, slow, again = (cuda_clock.measure([lambda: y.copy_(x)], 8 * size, s) for s in (0.0, slowdown, 0.0))
-    base = (middle(plain.seconds) + middle(again.seconds)) / 2
-    assert middle(slow.seconds) / base - 1 == pytest.approx(slowdown, rel=0.15)
-    assert middle(slow.cycles) > middle(plain.cycles)
+    # Three graphs of each, in turn: one captured in a moment of cheap launches is 0.9 % faster (an H200), and stays so.
+    asked = (0.0, slowdown) * 3
+    found = [cuda_clock.measure([lambda: y.copy_(x)], 8 * size, of) for of in asked]
+    seconds = [middle([middle(one.seconds) for one in found[first::2]]) for first in (0, 1)]
+    cycles = [middle([middle(one.cycles) for one in found[first::2]]) for first in (0, 1)]
+    assert seconds[1] / seconds[0] - 1 == pytest.approx(slowdown, rel=0.15)
+    assert cycles[1] > cycles[0]
 
 
 @pytest.mark.gpu
