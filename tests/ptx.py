@@ -49,9 +49,23 @@ def _execute(opcode, names, read, write):
         for name, value in zip(d, sums, strict=True):
             write(name, value)
         return
+    if opcode == "mov.b32" and any(name.startswith("{") for name in names):
+        _move_halves(*names, read, write)
+        return
     target, *sources = names
     values = [read(name) for name in sources]
     write(target, _INSTRUCTIONS[opcode](*values))
+
+
+def _move_halves(target, source, read, write):
+    """A register to its halves, the low one first, or two halves to a register."""
+    if target.startswith("{"):
+        low, high = re.findall(r"\w+", target)
+        write(low, read(source) & np.uint32(0xFFFF))
+        write(high, read(source) >> np.uint32(16))
+        return
+    low, high = re.findall(r"\w+", source)
+    write(target, read(low) | read(high) << np.uint32(16))
 
 
 def _mma(a, b, c):

@@ -182,12 +182,9 @@ def _product(columns: int, two_level: bool, half: bool) -> str:
     x = words + (12 if two_level else 8)
     text = fragments.SLAB_REGISTERS
     for slab in range(4):
-        if two_level or slab % 2 == 0:
-            register = scales[slab // 2] if two_level else scales[0]
-            byte = 2 * (slab % 2) if two_level else slab
-            text += fragments.multiplier(f"${register}", byte, "low", two_level=two_level, half=half)
-            text += fragments.multiplier(f"${register}", byte + 1, "high", two_level=two_level, half=half)
-        text += fragments.slab_product(slab, columns, words, x, half=half)
+        if slab == 0 or (two_level and slab == 2):
+            text += fragments.multipliers(f"${scales[slab // 2]}", two_level=two_level, half=half)
+        text += fragments.slab_product(slab, slab % 2 if two_level else slab // 2, columns, words, x, half=half)
     return "{\n" + text + "}"
 
 

@@ -33,35 +33,44 @@ def to_float16(word: str, a: tuple[str, str, str, str], scratch: str) -> str:
 
 
 @triton.constexpr_function
-def multiplier(scales: str, byte: int, out: str, *, two_level: bool, half: bool) -> str:
-    """Both halves of `out` become what the codes of the scale in `byte` of `scales` are multiplied with.
+def multipliers(scales: str, *, two_level: bool, half: bool) -> str:
+    """What codes are multiplied with: `lows`, of rows g, has in its low half that of the scale in byte 0 of `scales`, in its
+    high half that of byte 2; `highs`, of rows g + 8, those of bytes 1 and 3.
 
-    two_level: the scale is NVFP4's, E5M3. half: as float16, else as bfloat16.
+    two_level: the scales are NVFP4's, E5M3. half: as float16, else as bfloat16.
     """
-    spread = f"prmt.b32 {out}, {scales}, 0, 0x4{byte}4{byte};\n"  # the byte in each half, below a zero byte
-    if two_level and half:
-        return spread + f"shl.b32 {out}, {out}, 7;\n"
-    if two_level:
-        return spread + f"shl.b32 {out}, {out}, 4; add.u32 {out}, {out}, 0x70007000;\n"
-    if half:
-        return spread + f"shl.b32 {out}, {out}, 10; and.b32 {out}, {out}, 0x7C007C00;\n"
-    return spread + f"shl.b32 {out}, {out}, 7;\n"
+    if two_level and not half:  # by an addition, whose constant needs no register
+        return (
+            f"and.b32 u, {scales}, 0x00FF00FF; mad.lo.u32 lows, u, 16, 0x70007000;\n"
+            f"prmt.b32 u, {scales}, 0, 0x4341; mad.lo.u32 highs, u, 16, 0x70007000;\n"
+        )
+    if half and not two_level:  # the low five bits of the byte are the exponent
+        return f"shl.b32 u, {scales}, 10; and.b32 lows, u, 0x7C007C00;\nshl.b32 u, {scales}, 2; and.b32 highs, u, 0x7C007C00;\n"
+    return f"shl.b32 u, {scales}, 7; and.b32 lows, u, 0x7F807F80;\nshr.u32 u, {scales}, 1; and.b32 highs, u, 0x7F807F80;\n"
 
 
 # Of `slab_product`: A, scratch, and what A is multiplied with, in registers 0 and 2 and in 1 and 3.
-SLAB_REGISTERS = ".reg .b32 u, low, high, a0, a1, a2, a3;\n"
+SLAB_REGISTERS = ".reg .b32 u, low, high, lows, highs, a0, a1, a2, a3; .reg .b16 first, second;\n"
 
 
 @triton.constexpr_function
-def slab_product(slab: int, columns: int, words: int, x: int, *, half: bool) -> str:
+def _in_both_halves(scale: int) -> str:
+    """`low` and `high`: the half `scale` of `lows` and `highs`, twice. No instruction: HMUL2 can take one half for both."""
+    chosen = ("first", "second")[scale]
+    return "".join(f"mov.b32 {{first, second}}, {name}s; mov.b32 {name}, {{{chosen}, {chosen}}};\n" for name in ("low", "high"))
+
+
+@triton.constexpr_function
+def slab_product(slab: int, scale: int, columns: int, words: int, x: int, *, half: bool) -> str:
     """acc += A B for 16 of a unit's 64 columns: word `slab`, decoded and scaled, times x for `columns` rows of x.
 
     Operands: accumulators from $0, four for each 8 rows of x; four words from $words; x from $x, eight for each 8 rows.
-    `SLAB_REGISTERS` are declared, `low` and `high` set. half: as float16, else as bfloat16.
+    `SLAB_REGISTERS` are declared, `multipliers` made; scale: which half of these is the word's. half: as float16, else as
+    bfloat16.
     """
     kind = "f16" if half else "bf16"
     a = ("a0", "a1", "a2", "a3")
-    text = (to_float16 if half else to_bfloat16)(f"${words + slab}", a, "u")
+    text = _in_both_halves(scale) + (to_float16 if half else to_bfloat16)(f"${words + slab}", a, "u")
     text += "".join(f"mul.rn.{kind}x2 {a[i]}, {a[i]}, {('low', 'high')[i % 2]};\n" for i in range(4))
     for block in range(columns // 8):
         acc = ", ".join(f"${4 * block + i}" for i in range(4))

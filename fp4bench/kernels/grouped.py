@@ -223,12 +223,8 @@ def _product(columns: int, two_level: bool, half: bool) -> str:
     """
     words = columns // 2
     x = words + 8
-    text = fragments.SLAB_REGISTERS
-    for slab in range(4):
-        if slab % 2 == 0:
-            text += fragments.multiplier(f"${words + 4}", slab, "low", two_level=two_level, half=half)
-            text += fragments.multiplier(f"${words + 4}", slab + 1, "high", two_level=two_level, half=half)
-        text += fragments.slab_product(slab, columns, words, x, half=half)
+    text = fragments.SLAB_REGISTERS + fragments.multipliers(f"${words + 4}", two_level=two_level, half=half)
+    text += "".join(fragments.slab_product(slab, slab // 2, columns, words, x, half=half) for slab in range(4))
     return "{\n" + text + "}"
 
 

@@ -5,8 +5,8 @@ A lane's four words of a unit (see `weights`) and its scale words go in; eight r
 row 1 is g + 8) has the columns 16 j + 8 h + 2 t + e, e the half of register h. In 8 bits it has byte b of lane t at position
 16 j + 4 t + b, b = h + 2 e, which is `weights.E4M3_ORDER`.
 
-Integer operations and multiplications for the eight codes of a word, scales included (SASS, Triton 3.6): 15 in bfloat16 (17
-with NVFP4's scales), 22 in float16, 21 in E4M3, 10 in E4M3 of words in bytes.
+Integer operations and multiplications for the eight codes of a word, scales included (SASS, Triton 3.6): 14 in bfloat16 (15
+with NVFP4's scales), 20 in float16, 21 in E4M3, 10 in E4M3 of words in bytes.
 """
 
 from collections.abc import Callable
@@ -34,13 +34,12 @@ def assembly(form: str, two_level: bool, of_lane: bool = False, in_bytes: bool =
 
 def _sixteen_bits(form: str, two_level: bool, of_lane: bool) -> str:
     pairs, multiply = (_pairs_bf16, "mul.rn.bf16x2") if form == "bf16" else (_pairs_fp16, "mul.rn.f16x2")
-    lines = [".reg .b32 u, t0, t1, a0, a1, a2, a3;"]
+    lines = [".reg .b32 u, s0, s1, t0, t1, a0, a1, a2, a3; .reg .b16 first, second;"]
+    of_two = two_level and not of_lane
     for j in range(4):
-        if two_level and not of_lane:
-            lines += _multiplicands_e5m3(form, f"${20 + j // 2 * 2}", 2 * (j % 2))
-        elif j % 2 == 0:
-            lines += (_multiplicands_e5m3 if two_level else _multiplicands_e8m0)(form, "$20", j)
-        lines += pairs(f"${16 + j}")
+        if j == 0 or (of_two and j == 2):
+            lines += _multiplicands(form, two_level, f"${20 + j}")
+        lines += _in_both_halves(j % 2 if of_two else j // 2) + pairs(f"${16 + j}")
         # Pair i is row i % 2 of half i // 2.
         lines += [f"{multiply} ${2 * (2 * j + i % 2) + i // 2}, a{i}, t{i % 2};" for i in range(4)]
     return _block(lines)
@@ -69,29 +68,26 @@ def _pairs_fp16(word: str) -> list[str]:
     return lines
 
 
-def _multiplicands_e8m0(form: str, scales: str, first: int) -> list[str]:
-    """t0, t1: the scales of rows g and g + 8 in both halves, from bytes `first` and `first` + 1, 254 - delta each."""
-    lines = []
-    for row in range(2):
-        lines.append(_spread(row, scales, first + row))
-        if form == "bf16":  # 2**(127 - delta)
-            lines.append(f"shl.b32 t{row}, t{row}, 7;")
-        else:  # 2**(15 - delta): the low five bits of the byte are its exponent
-            lines += [f"shl.b32 t{row}, t{row}, 10;", f"and.b32 t{row}, t{row}, 0x7C007C00;"]
-    return lines
+def _multiplicands(form: str, two_level: bool, scales: str) -> list[str]:
+    """s0, of rows g: what the scales in bytes 0 and 2 stand for, in its halves; s1, of rows g + 8: those in bytes 1 and 3.
+
+    MXFP4's bytes are 254 - delta, for 2**(127 - delta) in bfloat16 and 2**(15 - delta) in float16, whose exponent is the low
+    five bits of the byte; NVFP4's for scale * 2**119 and scale * 2**7.
+    """
+    if two_level and form == "bf16":
+        codes = (f"and.b32 u, {scales}, 0x00FF00FF;", f"prmt.b32 u, {scales}, 0, 0x4341;")
+        return [line for row in range(2) for line in (codes[row], f"mad.lo.u32 s{row}, u, 16, 0x70007000;")]
+    if form == "fp16" and not two_level:
+        shifted, mask = (f"shl.b32 u, {scales}, 10;", f"shl.b32 u, {scales}, 2;"), "0x7C007C00"
+    else:
+        shifted, mask = (f"shl.b32 u, {scales}, 7;", f"shr.u32 u, {scales}, 1;"), "0x7F807F80"
+    return [line for row in range(2) for line in (shifted[row], f"and.b32 s{row}, u, {mask};")]
 
 
-def _multiplicands_e5m3(form: str, scales: str, first: int) -> list[str]:
-    """The same of NVFP4: scale * 2**119 in bfloat16, scale * 2**7 in float16."""
-    lines = []
-    for row in range(2):
-        lines.append(_spread(row, scales, first + row))
-        lines.append(f"mad.lo.u32 t{row}, t{row}, 16, 0x70007000;" if form == "bf16" else f"shl.b32 t{row}, t{row}, 7;")
-    return lines
-
-
-def _spread(row: int, scales: str, byte: int) -> str:
-    return f"prmt.b32 t{row}, {scales}, 0, 0x4{byte}4{byte};"
+def _in_both_halves(half: int) -> list[str]:
+    """t0, t1: that half of s0 and s1, twice. No instruction: HMUL2 can take one half for both."""
+    chosen = ("first", "second")[half]
+    return [f"mov.b32 {{first, second}}, s{row}; mov.b32 t{row}, {{{chosen}, {chosen}}};" for row in range(2)]
 
 
 def _eight_bits(bytes_of_word: Callable[[str, str, str], list[str]]) -> str:

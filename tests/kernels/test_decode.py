@@ -184,14 +184,19 @@ def compiled(capability=90, k=8192, columns=8, fmt=MXFP4, dtype=torch.bfloat16, 
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
-def resources(binary, tmp_path):
-    """Registers and stack bytes of a thread, as cuobjdump reads them from the binary."""
+def dumped(binary, what, tmp_path):
+    """What cuobjdump tells of the binary."""
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     path = tmp_path / "kernel.cubin"
     path.write_bytes(binary.asm["cubin"])
-    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    assert found, done.stdout
+    return subprocess.run([tool, what, path], capture_output=True, text=True, check=True).stdout
+
+
+def resources(binary, tmp_path):
+    """Registers and stack bytes of a thread."""
+    text = dumped(binary, "-res-usage", tmp_path)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
     return int(found[1]), int(found[2])
 
 
@@ -221,6 +226,10 @@ def test_it_compiles_to_mma_on_16_byte_loads_without_spills(variant, tmp_path):
     registers, stack = resources(binary, tmp_path)
     assert stack == 0
     assert registers * 32 * variant["warps"] <= 65536
+    # A scale is multiplied from its half of a register, without an instruction that spreads it.
+    scaled = re.findall(r"HMUL2.*;", dumped(binary, "-sass", tmp_path))
+    assert len(scaled) >= 16 * variant["tiles"]
+    assert all("H0_H0" in one or "H1_H1" in one for one in scaled)
 
 
 @pytest.mark.parametrize(
@@ -230,9 +239,10 @@ def test_it_compiles_to_mma_on_16_byte_loads_without_spills(variant, tmp_path):
         {"tiles": 5, "columns": 16, "SLOTS": 2},
         {"tiles": 4, "columns": 8, "SLOTS": 4, "DEPTH": 2},
         {"tiles": 5, "columns": 8, "SLOTS": 4, "DEPTH": 2},
-        {"tiles": 5, "columns": 8, "fmt": NVFP4, "dtype": torch.float16, "SLOTS": 4, "DEPTH": 2},
+        {"tiles": 5, "columns": 8, "fmt": NVFP4, "SLOTS": 4, "DEPTH": 2},
+        {"tiles": 5, "columns": 16, "fmt": NVFP4, "SLOTS": 2},
     ],
-    ids=["o at 16", "qkv at 16", "o at 8", "qkv at 8", "nvfp4 at 8"],
+    ids=["o at 16", "qkv at 16", "o at 8", "qkv at 8", "nvfp4 at 8", "nvfp4 at 16"],
 )
 def test_through_slots_a_warp_waits_for_its_own_copies_alone_and_spills_nothing(variant, tmp_path):
     binary = compiled(warps=16, **variant)
@@ -252,8 +262,10 @@ def test_through_slots_a_warp_waits_for_its_own_copies_alone_and_spills_nothing(
     sums = 2048 * 4 * -(-variant["tiles"] * variant["columns"] // 32) * 4
     assert binary.metadata.shared == max(ring, sums)
     registers, stack = resources(binary, tmp_path)
-    # The launches were tuned with Triton 3.6; that of 3.9 leaves 16 bytes of "qkv at 8" on the stack.
-    assert stack <= (0 if triton.__version__.startswith("3.6.") else 16)
+    # The launches were tuned with Triton 3.6. That of 3.9 leaves 16 bytes of "qkv at 8" on the stack, 24 of "nvfp4 at 16", of
+    # which 3.6 leaves 16, addresses of x: the fastest launch without takes 18.1 us instead of 16.6 (an H200, tune-8).
+    of_nvfp4 = 8 if variant.get("fmt") is NVFP4 and variant["columns"] == 16 else 0
+    assert stack <= (2 * of_nvfp4 if triton.__version__.startswith("3.6.") else 16 + of_nvfp4)
     assert registers * 32 * 16 <= 65536
 
 
