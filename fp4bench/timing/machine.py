@@ -22,8 +22,8 @@ def machine_key(device: Device) -> str:
 def machine_info(device: Device) -> dict[str, Any]:
     """The machine's identity as a run stores it: small, JSON, and the same in every run until something changes.
 
-    `gpu` and what belongs to it are None on a CPU. `nvml` says why what the driver tells (`driver`, `power_limit_w` in watts,
-    `max_sm_mhz`, `max_memory_mhz`) is None, and is None itself where the driver was asked.
+    `gpu` and what belongs to it are None on a CPU. `nvml` says why what the driver tells (`driver`, `vbios`, `board`,
+    `power_limit_w` in watts, `max_sm_mhz`, `max_memory_mhz`) is None, and is None itself where the driver was asked.
     """
     with closing(Telemetry.open(device)) as telemetry:
         reason, driver_facts = telemetry.reason, telemetry.machine_facts()

@@ -130,9 +130,14 @@ class Telemetry:
         return (*before, *later[: max(0, len(later) - len(ours))])
 
     def machine_facts(self) -> dict[str, Any]:
-        """What identifies the GPU's abilities for comparisons: driver, highest clocks (MHz) and power limit (W)."""
+        """What identifies the GPU's abilities for comparisons: driver, board, highest clocks (MHz) and power limit (W).
+
+        The board's firmware and part number, for chains of kernels take 1.3 % less on all cards of some hosts (NVIDIA H200).
+        """
         return {
-            "driver": self._driver(),
+            "driver": self._text(self._answer("nvmlSystemGetDriverVersion")),
+            "vbios": self._text(self._ask_board("nvmlDeviceGetVbiosVersion")),
+            "board": self._text(self._ask_board("nvmlDeviceGetBoardPartNumber")),
             "power_limit_w": self._power_limit(),
             "max_sm_mhz": self._ask_board("nvmlDeviceGetMaxClockInfo", _CLOCK_SM),
             "max_memory_mhz": self._ask_board("nvmlDeviceGetMaxClockInfo", _CLOCK_MEMORY),
@@ -160,9 +165,9 @@ class Telemetry:
             return call(*arguments)
         return None
 
-    def _driver(self) -> str | None:
-        driver = self._answer("nvmlSystemGetDriverVersion")
-        return None if driver is None else str(driver)
+    @staticmethod
+    def _text(answer: object) -> str | None:
+        return None if answer is None else str(answer)
 
     def _power_limit(self) -> float | None:
         enforced = self._ask_board("nvmlDeviceGetEnforcedPowerLimit")

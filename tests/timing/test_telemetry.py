@@ -37,6 +37,8 @@ def fake_pynvml(**changes):
         "nvmlInit": lambda: log.append("init"),
         "nvmlShutdown": lambda: log.append("shutdown"),
         "nvmlSystemGetDriverVersion": lambda: "580.1",
+        "nvmlDeviceGetVbiosVersion": lambda handle: "96.00.A5",
+        "nvmlDeviceGetBoardPartNumber": lambda handle: "692-2G520",
         "nvmlDeviceGetHandleByUUID": by_uuid,
         "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": refuse,
         "nvmlDeviceGetClockInfo": lambda handle, kind: {1: 1965, 2: 3201}[kind],
@@ -97,6 +99,8 @@ def test_a_snapshot_holds_what_nvml_says(install):
     assert telemetry.snapshot() == telemetry.at_open == expected
     assert telemetry.machine_facts() == {
         "driver": "580.1",
+        "vbios": "96.00.A5",
+        "board": "692-2G520",
         "power_limit_w": 700.0,
         "max_sm_mhz": 1980,
         "max_memory_mhz": 3202,
