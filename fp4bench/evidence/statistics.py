@@ -181,11 +181,10 @@ def units_needed(spread: Spread, effect: float, tail: float, floor: float, most:
 
     The variance is taken to stay what it is; each adds one degree of freedom.
     """
-    for more in range(1, most + 1):
-        then = replace(spread, freedom=spread.freedom + more, units=spread.units + more)
-        if detectable(standard_error(then), then.freedom, tail, floor) <= effect:
-            return more
-    return None
+    more = np.arange(1, most + 1)
+    error = np.sqrt(spread.variance * (1 + 1 / (spread.units + more)))
+    enough = detectable(error, spread.freedom + more, tail, floor) <= effect
+    return int(more[enough.argmax()]) if enough.any() else None
 
 
 def to_log(share: float) -> float:
