@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from preloaded import run_module
+
 import fp4bench
 from fp4bench.cli import main
 from fp4bench.devices import find_device
@@ -88,8 +90,11 @@ class Project:
     def copy(self, path):
         return Project(shutil.copytree(self.path, path))
 
+    def words(self, *args):
+        return ["-p", "fp4bench.plugin", *args]
+
     def command(self, *args):
-        return [sys.executable, "-m", "pytest", "-p", "fp4bench.plugin", *args]
+        return [sys.executable, "-m", "pytest", *self.words(*args)]
 
     def environment(self, faults=None, log=None):
         """faults: of the paced provider, by case id. log: the file of what it prepared."""
@@ -111,7 +116,8 @@ class Project:
         )
 
     def run(self, *args, **environment):
-        return ended(self.start(*args, **environment))
+        """How one session ends, in a process of its own that had torch before."""
+        return Result(*run_module("pytest", self.words("perf", *args), self.path, self.environment(**environment), timeout=120))
 
     def accept(self, *runs, name="first"):
         """The exit code of `fp4bench accept`, and what it says."""
