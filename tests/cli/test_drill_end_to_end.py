@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from project import CASES, FEW, Project, ended
+from project import CASES, FEW
 
 from fp4bench.cli import drill, report
 
@@ -16,17 +16,15 @@ def parsed(command, *words):
     return parser.parse_args([command.__name__.rpartition(".")[2], *map(str, words)])
 
 
-def test_a_drills_runs_can_be_judged_by_their_samples(tmp_path, monkeypatch, capsys):
-    project = Project.create(tmp_path / "project")
-    assert ended(project.start(*FEW, "--benchmark-save=first")).ret == 0
-    assert project.accept(project.runs / "0001_first.json").ret == 0
+def test_a_drills_runs_can_be_judged_by_their_samples(accepted, tmp_path, monkeypatch, capsys):
+    project = accepted[0].copy(tmp_path / "project")
     monkeypatch.chdir(project.path)
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         monkeypatch.delenv(name)
     for name, value in project.environment().items():
         monkeypatch.setenv(name, value)
     asked = parsed(drill, "--slowdown", "300", "--cases", "2", "--share", "0.5", "--seed", "1", "--json", "drill.json")
-    asked.pytest_args = list(FEW)
+    asked.pytest_args = [*FEW, "--confirm=0"]  # an injected slowdown is confirmed in tests/plugin/test_gate.py
     drill.run(asked, (sys.executable, "-m", "pytest", "-p", "fp4bench.plugin", "perf"))
     told = json.loads((project.path / "drill.json").read_text())
     slowed = sorted(injection["case_id"] for injection in told["injections"])

@@ -11,20 +11,6 @@ from project import CASES, COMPARE, FEW, MACHINE, Project, case_ids, prepared, p
 from fp4bench.evidence.record import FORMAT, KEYS
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    """A project whose first run was stored, and how that session ended."""
-    project = Project.create(tmp_path_factory.mktemp("first") / "project")
-    return project, project.run(*COMPARE, "--benchmark-save=first", "--benchmark-save-data", "--benchmark-json=out/all.json")
-
-
-@pytest.fixture(scope="module")
-def accepted(first):
-    """The project with its first run accepted."""
-    project, _ = first
-    return project, project.accept(project.runs / "0001_first.json")
-
-
 @pytest.fixture
 def project(accepted, tmp_path):
     return accepted[0].copy(tmp_path / "project")
@@ -276,13 +262,9 @@ def test_what_was_timed_in_another_way_is_not_compared(project):
     assert {(row["outcome"], row["reason"]) for row in cases.values()} == {("NEW", "not_in_baseline")}
 
 
-def test_a_cpu_is_timed_in_one_way(project):
-    result = project.run(*COMPARE, "--sustained", "--warm")
-    assert "4 SAME against 0001_first" in result.text
-
-
-def test_deselected_cases_are_not_missing(project):
-    result = project.run(*COMPARE, "-k", "m4", faults=dict.fromkeys((CASES[0], CASES[1]), "absent"))
+def test_deselected_cases_are_not_missing_and_a_cpu_is_timed_in_one_way(project):
+    absent = dict.fromkeys((CASES[0], CASES[1]), "absent")
+    result = project.run(*COMPARE, "-k", "m4", "--sustained", "--warm", faults=absent)
     assert result.ret == 1
     assert result.lines("FAILED") == [line for line in result.lines("FAILED") if f"[{CASES[1]}]" in line]
     assert "1 MISSING, 1 SAME against 0001_first" in result.text
