@@ -24,6 +24,7 @@ RULES = [(fmt, rule) for fmt in FORMATS.values() for rule in fmt.rules if rule i
 
 def test_interpreted_it_has_the_bits_of_the_eager_truth():
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["OMP_NUM_THREADS"] = "1"  # two threads in each of two processes wait for each other on 2 cores: 23 s, not 17
     script = Path(__file__).with_name("interpret_quantize.py")
     halves = [subprocess.Popen([sys.executable, script, half], env=environment, stderr=PIPE, text=True) for half in "01"]
     errors = [half.communicate(timeout=300)[1] for half in halves]  # side by side: one after the other they took 33 s of CI
