@@ -475,7 +475,7 @@ def test_the_shell_of_the_steps_is_the_one_run_here():
     ],
 )
 def test_only_main_fails_without_a_baseline(contexts, gate, perf_job):
-    finished = perf_job(contexts)
+    finished = perf_job(contexts, fp4bench="#!/bin/sh\n")
     assert finished.codes == {SET_UP: 0, TIME: 0, SHOW: 0}
     # --device cuda: where the GPU is gone, `auto` would time the CPU, find no baseline of it and pass.
     assert finished.tox == ["-e", "perf", "--", "--device", "cuda", f"--gate={gate}", "--verdicts=verdict.json"]
@@ -484,7 +484,7 @@ def test_only_main_fails_without_a_baseline(contexts, gate, perf_job):
 def test_the_command_that_tox_gets_exists(perf_job):
     environments = configparser.ConfigParser()
     environments.read(ROOT / "tox.ini")
-    _, environment, _, *arguments = perf_job(PUSH).tox
+    _, environment, _, *arguments = perf_job(PUSH, fp4bench="#!/bin/sh\n").tox
     assert f"testenv:{environment}" in environments
     asked = [sys.executable, "-m", "pytest", "--help"]
     known = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout

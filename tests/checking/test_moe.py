@@ -1,6 +1,7 @@
 """MoE outputs: what hardware may round agrees, and is as far off as the bound says; what is wrong is refused."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -52,10 +53,8 @@ def unfused(problem, inputs, round_=lambda tensor: tensor.bfloat16().float()):
     experts = inputs.topk_ids.flatten().tolist()
 
     def product(rows, weight, bias):
-        parts = [
-            rows[i] @ operand(problem, weight(e), "weights").T + (0 if bias(e) is None else bias(e))
-            for i, e in enumerate(experts)
-        ]
+        weight = cache(lambda e, drawn=weight: operand(problem, drawn(e), "weights").T)
+        parts = [rows[i] @ weight(e) + (0 if bias(e) is None else bias(e)) for i, e in enumerate(experts)]
         return round_(torch.stack(parts))
 
     hidden = round_(activate(product(x, w.w13, w.b13), problem.activation))

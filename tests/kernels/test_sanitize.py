@@ -58,23 +58,23 @@ def test_layers_have_blocks_of_every_width():
     }
 
 
-def test_without_its_own_allocations_the_script_refuses():
-    environment = {name: value for name, value in os.environ.items() if name != SHOWN["CACHING"]}
-    done = subprocess.run([sys.executable, SCRIPT, "decode"], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "reads beyond one are not seen" in done.stderr
+def refusal(part, monkeypatch, capsys):
+    """What the script says of a part that it refuses."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), part])
+    with pytest.raises(SystemExit) as refused:
+        SHOWN["main"]()
+    assert refused.value.code == 2
+    return capsys.readouterr().err
 
 
-def test_a_part_that_there_is_not_is_refused():
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "quantise"],
-        env=os.environ | {SHOWN["CACHING"]: "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2
-    assert "nothing begins with quantise" in done.stderr
+def test_without_its_own_allocations_the_script_refuses(monkeypatch, capsys):
+    monkeypatch.delenv(SHOWN["CACHING"], raising=False)
+    assert "reads beyond one are not seen" in refusal("decode", monkeypatch, capsys)
+
+
+def test_a_part_that_there_is_not_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv(SHOWN["CACHING"], "1")
+    assert "nothing begins with quantise" in refusal("quantise", monkeypatch, capsys)
 
 
 def sanitized(*arguments, tool="memcheck"):

@@ -10,6 +10,7 @@ from fp4bench.timing.canaries import Canary, Ceilings, canaries, canary_clock, c
 from fp4bench.timing.clock import CpuClock, Measurement
 
 CPU = find_device("cpu")
+HOPPER = replace(CPU, capability=(9, 0))
 
 
 class Made:
@@ -60,21 +61,27 @@ def test_a_canary_is_the_same_work_in_each_call():
     assert before.equal(first)
 
 
-def test_only_devices_with_fp8_have_its_canary(monkeypatch):
-    assert "fp8" not in [canary.name for canary in canaries(CPU)]
-    fp8 = SimpleNamespace(name="fp8", call=lambda: None)
-    monkeypatch.setattr("fp4bench.timing.canaries._fp8_product", lambda side, device: fp8)
-    hopper = replace(CPU, capability=(9, 0))
-    assert "fp8" in [canary.name for canary in canaries(hopper)]
+@pytest.fixture
+def fp8(monkeypatch):
+    """An FP8 product that a CPU can do. The others of a GPU are of its size: 3 s and 2.5 GiB on a CPU."""
+    made = SimpleNamespace(name="fp8", call=lambda: None)
+    monkeypatch.setattr("fp4bench.timing.canaries._fp8_product", lambda side, device: made)
+    monkeypatch.setattr("fp4bench.timing.canaries._product", lambda name, side, device: SimpleNamespace(name=name))
+    monkeypatch.setattr("fp4bench.timing.canaries._copy", lambda size, device: SimpleNamespace(name="copy"))
+    return made
 
 
-def test_a_canary_that_this_torch_cannot_run_is_left_out(monkeypatch):
+def test_only_devices_with_fp8_have_its_canary(fp8):
+    assert [canary.name for canary in canaries(CPU)] == ["bf16", "copy"]
+    assert [canary.name for canary in canaries(HOPPER)] == ["bf16", "copy", "launches", "fp8"]
+
+
+def test_a_canary_that_this_torch_cannot_run_is_left_out(fp8):
     def call():
         raise RuntimeError("row-wise scaling is not built for this GPU")
 
-    fp8 = SimpleNamespace(name="fp8", call=call)
-    monkeypatch.setattr("fp4bench.timing.canaries._fp8_product", lambda side, device: fp8)
-    assert "fp8" not in [canary.name for canary in canaries(replace(CPU, capability=(9, 0)))]
+    fp8.call = call
+    assert [canary.name for canary in canaries(HOPPER)] == ["bf16", "copy", "launches"]
 
 
 def test_the_clock_of_canaries_is_brief_and_leaves_that_of_cases_alone():
