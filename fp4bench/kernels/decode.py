@@ -25,7 +25,8 @@ What was tried at m = 16, where 128 CTAs read all of x: o and qkv of Llama-3.3-7
 What scales cost (`2026-11-27_decode-scales-trial.jsonl` beside that of slots): multiplied from their half of a register and not
 spread first, 16.4 us instead of 16.9 of NVFP4's qkv at m = 1, 15.8 instead of 16.1 of MXFP4's. Where nothing but the words is
 read from memory, down takes 41 us: MXFP4's scales add 2.3, their share of the bytes, NVFP4's 6.5 where 5.1 is their share.
-Registers decide more: at 78 instead of 72 gate_up at m = 1 has six CTAs an SM where it needs 6.8, and takes 102 us, not 87.
+Registers decide more: at 78 instead of 72 gate_up at m = 1 has six CTAs an SM where it needs 6.8, and takes 102 us, not 87 (it
+has 72 since `slots.ask` steps from one address).
 """
 
 from dataclasses import dataclass

@@ -50,7 +50,7 @@ def place(row, chunk):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def asked(i, lane):  # type: ignore[no-untyped-def]
-    """-> (row, chunk) that a lane asks for as its i-th: a warp reads 128 bytes of four rows."""
+    """-> (row, chunk) that a lane asks for as its i-th, the same chunk of every fourth row: a warp reads 128 bytes of four."""
     return 4 * i + lane // 8, lane % 8
 
 
@@ -82,9 +82,12 @@ def ask(slot, x, step, thread, m, x_stride, UNITS: gl.constexpr, WARPS: gl.const
     """A group of copies: the unit of x that each warp has at `step`, zeros from row m on and beyond the last unit."""
     lane = thread % 32
     unit = step * WARPS + thread // 32
+    # A lane's pieces are four rows apart: an address and a stride, which take six registers fewer than four addresses.
+    first_row, first_chunk = asked(0, lane)
+    start = x + (first_row * x_stride + unit * 64 + first_chunk * 8)
     for i in gl.static_range(COLUMNS // 4):
         row, chunk = asked(i, lane)
-        at = (x + row * x_stride + unit * 64 + chunk * 8).to(gl.int64)
+        at = (start + 4 * i * x_stride).to(gl.int64)
         size = gl.where((row < m) & (unit < UNITS), 16, 0)
         to = slot + place(row, chunk)
         gl.inline_asm_elementwise(_COPY, "=r,r,l,r,~{memory}", [to, at, size], dtype=gl.int32, is_pure=False, pack=1)

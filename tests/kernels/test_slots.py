@@ -39,6 +39,14 @@ def test_a_warp_asks_for_each_piece_of_x_once(rows):
     assert slots.slot_bytes.fn(rows) == 4 * x.size
 
 
+def test_a_lane_asks_for_one_chunk_of_every_fourth_row():
+    """`ask` has one address, from which it steps."""
+    (row, chunk), *others = (slots.asked.fn(i, ptx.LANES) for i in range(4))
+    for i, (later, same) in enumerate(others, start=1):
+        assert (later == row + 4 * i).all()
+        assert (same == chunk).all()
+
+
 @each_number_of_rows
 def test_x_comes_back_as_the_right_operand(rows):
     x = np.arange(rows * 32).reshape(rows, 32)
