@@ -60,6 +60,12 @@ def taken(i, lane):  # type: ignore[no-untyped-def]
     return 8 * (i // 2) + lane % 8, 4 * (i % 2) + lane // 8
 
 
+@gluon.jit
+def later(first, i):  # type: ignore[no-untyped-def]
+    """The place of what a lane takes as its i-th, from that of its first: no register for each, and none spilled by 5 tiles."""
+    return (first ^ (64 * (i % 2))) + 1024 * (i // 2)
+
+
 # --- Device code -------------------------------------------------------------------------------------------------------------
 
 
@@ -101,10 +107,10 @@ def take(slot, thread, YOUNGER: gl.constexpr, COLUMNS: gl.constexpr, FOUR: gl.co
     -> for each 8 rows of x two int32 [threads, 4], of 32 columns of the unit each: the B operand of two `mma`.
     """
     gl.inline_asm_elementwise(_wait(YOUNGER), "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
+    row, chunk = taken(0, thread % 32)
     b = ()  # type: ignore[var-annotated]
     for i in gl.static_range(COLUMNS // 4):
-        row, chunk = taken(i, thread % 32)
-        at = (slot + place(row, chunk))[:, None] + gl.zeros([slot.shape[0], 4], gl.int32, FOUR)
+        at = (slot + later(place(row, chunk), i))[:, None] + gl.zeros([slot.shape[0], 4], gl.int32, FOUR)
         b = b + (
             gl.inline_asm_elementwise(_MATRICES, "=r,=r,=r,=r,r,r,r,r,~{memory}", [at], dtype=gl.int32, is_pure=False, pack=4),
         )

@@ -268,10 +268,8 @@ def test_through_slots_a_warp_waits_for_its_own_copies_alone_and_spills_nothing(
     sums = 2048 * 4 * -(-variant["tiles"] * variant["columns"] // 32) * 4
     assert binary.metadata.shared == max(ring, sums)
     registers, stack = resources(binary, tmp_path)
-    # Tuned with Triton 3.6. That of 3.9 leaves 16 bytes of "qkv at 8" on the stack, 3.6 has 8 of "nvfp4 at 16" there, addresses
-    # of x: the fastest launch without takes 18.1 us instead of 16.6 (an H200, tune-8).
-    of_nvfp4 = 8 if variant.get("fmt") is NVFP4 and variant["columns"] == 16 else 0
-    assert stack <= (of_nvfp4 if triton.__version__.startswith("3.6.") else 16 + of_nvfp4)
+    # The launches were tuned with Triton 3.6; that of 3.9 leaves 16 bytes of "qkv at 8" on the stack.
+    assert stack <= (0 if triton.__version__.startswith("3.6.") else 16)
     assert registers * 32 * 16 <= 65536
 
 

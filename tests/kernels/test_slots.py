@@ -47,6 +47,12 @@ def test_a_lane_asks_for_one_chunk_of_every_fourth_row():
         assert (same == chunk).all()
 
 
+def test_a_lane_takes_from_places_that_its_first_tells():
+    first = slots.place.fn(*slots.taken.fn(0, ptx.LANES))
+    for i in range(4):
+        assert (slots.later.fn(first, i) == slots.place.fn(*slots.taken.fn(i, ptx.LANES))).all()
+
+
 @each_number_of_rows
 def test_x_comes_back_as_the_right_operand(rows):
     x = np.arange(rows * 32).reshape(rows, 32)
