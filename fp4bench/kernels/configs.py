@@ -20,10 +20,10 @@ from typing import Any
 
 from fp4bench.devices import Device
 from fp4bench.formats import FORMATS
-from fp4bench.kernels import blackwell, decode, prefill
+from fp4bench.kernels import blackwell, decode, prefill_launch
 from fp4bench.kernels.blackwell import BlackwellConfig
 from fp4bench.kernels.decode import DecodeConfig
-from fp4bench.kernels.prefill import PrefillConfig
+from fp4bench.kernels.prefill_launch import PrefillConfig
 
 Launch = DecodeConfig | PrefillConfig | BlackwellConfig
 
@@ -105,7 +105,7 @@ def default(work: Work, device: Device) -> Launch:
         return _default_decode(work, device.sm_count)
     if work.operand == "e4m3" and FORMATS[work.format].has_tensor_scale:
         raise ValueError(f"there is no kernel for {work}")
-    return prefill.default_config(work.m, _ITEMSIZE[work.operand])
+    return prefill_launch.default_config(work.m, _ITEMSIZE[work.operand])
 
 
 def candidates(work: Work, device: Device) -> list[Launch]:
@@ -116,7 +116,7 @@ def candidates(work: Work, device: Device) -> list[Launch]:
     elif work.operand == "bf16" and work.m <= decode.MOST_ROWS and not work.x_scaled:
         found += decode.candidates(work.m)
     if work.operand in _ITEMSIZE and (work.m > 8 or work.operand != "bf16"):  # up to 8 rows `decode` waits for memory alone
-        found += prefill.candidates(work.m, _ITEMSIZE[work.operand], 2 if FORMATS[work.format].has_tensor_scale else 1)
+        found += prefill_launch.candidates(work.m, _ITEMSIZE[work.operand], 2 if FORMATS[work.format].has_tensor_scale else 1)
     return list(dict.fromkeys(found))
 
 

@@ -27,7 +27,7 @@ from fp4bench.kernels import blackwell, configs, decode, prefill, quantize
 from fp4bench.kernels.blackwell import BlackwellConfig
 from fp4bench.kernels.configs import Launch, Work
 from fp4bench.kernels.decode import DecodeConfig
-from fp4bench.kernels.prefill import PrefillConfig
+from fp4bench.kernels.prefill_launch import PrefillConfig
 from fp4bench.kernels.quantize import BlockedQuantized, Image
 from fp4bench.kernels.weights import UNIT_K, PreparedWeight, WordOrder, prepare
 from fp4bench.problems import CUT_FP8_SUMS, W4A8, W4A16, Accumulation, Mode

@@ -22,7 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from fp4bench.kernels.experts import PreparedExperts
 from fp4bench.kernels.grouped import activated, activation_arguments, padded
-from fp4bench.kernels.prefill import _SHARED_BYTES, PrefillConfig, _descriptor, _powers, _release, _sms, _words_layout
+from fp4bench.kernels.prefill import count_sms, descriptor
+from fp4bench.kernels.prefill_kernel import powers, release, words_layout
+from fp4bench.kernels.prefill_launch import SHARED_BYTES, PrefillConfig
 from fp4bench.kernels.routing import BLOCK_FIELDS, most_blocks
 from fp4bench.kernels.unpack import assembly
 from fp4bench.kernels.weights import TILE_N, UNIT_K
@@ -45,7 +47,7 @@ def why_not(weight: PreparedExperts, x_dtype: torch.dtype, config: PrefillConfig
         return (
             f"a step of {config.depth} columns of {x_dtype} is no multiple of the 128 bytes that the tensor cores' layout has"
         )
-    if config.shared_bytes(x_dtype.itemsize, 2 if weight.format.has_tensor_scale else 1) > _SHARED_BYTES // config.ctas:
+    if config.shared_bytes(x_dtype.itemsize, 2 if weight.format.has_tensor_scale else 1) > SHARED_BYTES // config.ctas:
         return f"{config.ctas} CTAs of {config} do not fit the shared memory of an SM"
     return None
 
@@ -89,10 +91,10 @@ def product(
     tiles_per_cta, units_per_step = config.rows // TILE_N, config.depth // UNIT_K
     per_unit = 16 if two_level else 8
     name, alpha, limit = activation_arguments(activation)
-    _kernel[(min(_sms(x.device) * config.ctas, most * n_tiles),)](
-        _descriptor(x, [min(config.columns, _BOX), config.depth], 128),
-        _descriptor(weight.words.view(weight.experts * weight.tiles, -1), [tiles_per_cta, 128 * units_per_step], 0),
-        _descriptor(weight.scales.view(weight.experts * weight.tiles, -1), [tiles_per_cta, per_unit * units_per_step], 0),
+    _kernel[(min(count_sms(x.device) * config.ctas, most * n_tiles),)](
+        descriptor(x, [min(config.columns, _BOX), config.depth], 128),
+        descriptor(weight.words.view(weight.experts * weight.tiles, -1), [tiles_per_cta, 128 * units_per_step], 0),
+        descriptor(weight.scales.view(weight.experts * weight.tiles, -1), [tiles_per_cta, per_unit * units_per_step], 0),
         out,
         weight.row_scale,
         weight.row_scale if x_scale is None else x_scale,
@@ -134,7 +136,7 @@ _AS_E4M3 = gl.constexpr((gl.float8e4nv,) * 8)
 @gluon.constexpr_function
 def _scales_layout(repeats, units, per_g):
     """int32 (4 repeats, 8 per_g units): a lane has the word of its g = lane // 4, of two that of its half of t = lane % 4."""
-    registers = [[0, 8 * per_g * p] for p in _powers(units)] + [[4 * p, 0] for p in _powers(repeats)]
+    registers = [[0, 8 * per_g * p] for p in powers(units)] + [[4 * p, 0] for p in powers(repeats)]
     lanes = [[0, 0], [0, per_g - 1]] + [[0, per_g << i] for i in range(3)]
     return gl.DistributedLinearLayout(registers, lanes, [[1, 0], [2, 0]], [], [4 * repeats, 8 * per_g * units])
 
@@ -151,7 +153,7 @@ def _decode(
 ):
     """Shared memory of words and scales -> (64 REPEATS, 64 UNITS) in the registers of the A operand. No data moves."""
     PER_G: gl.constexpr = 2 if TWO_LEVEL else 1
-    WORDS: gl.constexpr = _words_layout(REPEATS, UNITS)
+    WORDS: gl.constexpr = words_layout(REPEATS, UNITS)
     SCALES: gl.constexpr = _scales_layout(REPEATS, UNITS, PER_G)
     w = words.load(WORDS).reshape([4 * REPEATS, UNITS, 8, PER_G, 4 // PER_G, 4])
     LANES: gl.constexpr = w.type.layout
@@ -325,7 +327,7 @@ def _tile(
     if steps % 2 == 0:
         sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, COLUMNS, MORE, UNITS, STAGES, FORM, TWO_LEVEL)
         sums = _to_be_added_to(_waited(sums, 0, MORE), MORE)
-        _release(barriers, count, STAGES)
+        release(barriers, count, STAGES)
         count += 1
     sums = _multiply(buffers, barriers, count, sums, WARPGROUP, REPEATS, COLUMNS, MORE, UNITS, STAGES, FORM, TWO_LEVEL)
     for pair in range((steps - 1) // 2):
@@ -334,10 +336,10 @@ def _tile(
                 buffers, barriers, count + 1, sums, WARPGROUP, REPEATS, COLUMNS, MORE, UNITS, STAGES, FORM, TWO_LEVEL
             )
             sums = _to_be_added_to(_waited(sums, 1, MORE), MORE)
-            _release(barriers, count, STAGES)
+            release(barriers, count, STAGES)
             count += 1
     y = _waited(sums, 0, MORE)
-    _release(barriers, count, STAGES)
+    release(barriers, count, STAGES)
     expert, first, pairs, at_n, columns, tiles, out_stride = place
     _store(y[0], pointers, place, limits, WARPGROUP, WARPGROUPS, ROWS, COLUMNS, SUMS, FORM, HAS_X_SCALE, HAS_BIAS, ACTIVATION)
     if MORE > 0:

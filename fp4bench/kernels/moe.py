@@ -24,7 +24,7 @@ from fp4bench.kernels.experts import PreparedExperts, gated_rows
 from fp4bench.kernels.grouped import GroupedConfig
 from fp4bench.kernels.grouped_prefill import product
 from fp4bench.kernels.grouped_short import ShortConfig
-from fp4bench.kernels.prefill import PrefillConfig
+from fp4bench.kernels.prefill_launch import PrefillConfig
 from fp4bench.kernels.quantize import quantize_fp8_rows
 from fp4bench.kernels.weights import TILE_N, UNIT_K
 from fp4bench.models import Activation

@@ -14,7 +14,7 @@ from fp4bench.formats import FORMATS
 from fp4bench.kernels import decode, prefill
 from fp4bench.kernels.configs import Launch, Work
 from fp4bench.kernels.decode import DecodeConfig
-from fp4bench.kernels.prefill import PrefillConfig
+from fp4bench.kernels.prefill_launch import PrefillConfig, Schedule
 from fp4bench.kernels.weights import TILE_N, UNIT_K, PreparedWeight
 from fp4bench.tuning.product import OPERANDS, ORDERS, workspace_bytes
 
@@ -79,7 +79,7 @@ def _kernel_of(work: Work, launch: Launch, device: Device) -> object:
         return work.format, launch, work.k, work.m <= 8, work.n % 16 == 0
     assert isinstance(launch, PrefillConfig)
     assert device.sm_count is not None
-    schedule = prefill.Schedule.of(work.m, -(-work.n // TILE_N), -(-work.k // UNIT_K), launch, device.sm_count)
+    schedule = Schedule.of(work.m, -(-work.n // TILE_N), -(-work.k // UNIT_K), launch, device.sm_count)
     same = replace(launch, streamed=True, pairs=False)
     return work.operand, work.format, same, schedule.sharers, work.n % 16 == 0
 

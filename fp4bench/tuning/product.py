@@ -12,7 +12,7 @@ from fp4bench.formats import FORMATS
 from fp4bench.kernels import decode, prefill, weights
 from fp4bench.kernels.configs import Launch, Work
 from fp4bench.kernels.decode import DecodeConfig
-from fp4bench.kernels.prefill import PrefillConfig
+from fp4bench.kernels.prefill_launch import PrefillConfig
 from fp4bench.kernels.quantize import quantize_fp8_rows
 from fp4bench.kernels.weights import PreparedWeight, WordOrder
 from fp4bench.quantize import decode as values_of

@@ -23,7 +23,7 @@ from fp4bench.kernels import gemm, ops
 from fp4bench.kernels import quantize as fused
 from fp4bench.kernels.configs import Launch
 from fp4bench.kernels.decode import DecodeConfig
-from fp4bench.kernels.prefill import PrefillConfig
+from fp4bench.kernels.prefill_launch import PrefillConfig
 from fp4bench.problems import W4A4, W4A8, W4A16, GemmProblem, Mode, MoeProblem
 from fp4bench.providers.triton_moe import prepare_moe
 from fp4bench.quantize import quantize, quantize_fp8_rows

@@ -9,7 +9,7 @@ from fp4bench.devices import Device
 from fp4bench.kernels import configs
 from fp4bench.kernels.configs import Entry, Table, Work
 from fp4bench.kernels.decode import DecodeConfig
-from fp4bench.kernels.prefill import PrefillConfig
+from fp4bench.kernels.prefill_launch import PrefillConfig
 
 H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 WORK = Work("bf16", "mxfp4", 8, 8192, 8192)

@@ -10,7 +10,7 @@ from fp4bench.devices import Device, find_device  # noqa: E402
 from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
 from fp4bench.kernels import decode, gemm, prefill, weights  # noqa: E402
 from fp4bench.kernels import quantize as quantizers  # noqa: E402
-from fp4bench.kernels.prefill import PrefillConfig  # noqa: E402
+from fp4bench.kernels.prefill_launch import PrefillConfig  # noqa: E402
 from fp4bench.problems import CUT_FP8_SUMS, W4A4, W4A4_NOQUANT, W4A8, W4A16, GemmProblem  # noqa: E402
 from fp4bench.quantize import decode as values_of  # noqa: E402
 from fp4bench.quantize import quantize, quantize_fp8_rows  # noqa: E402

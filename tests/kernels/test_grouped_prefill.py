@@ -50,7 +50,7 @@ def compiled(form, fmt, config, activation):
 
 
 def described(element, dtype, block, swizzle):
-    layout = prefill._descriptor(torch.empty(8, 4096, dtype=dtype), block, swizzle).layout
+    layout = prefill.descriptor(torch.empty(8, 4096, dtype=dtype), block, swizzle).layout
     return f"tensordesc<{element}{block},{layout!r}>"
 
 

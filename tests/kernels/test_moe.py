@@ -11,7 +11,7 @@ from fp4bench.kernels.experts import COLUMNS, prepare_experts  # noqa: E402
 from fp4bench.kernels.grouped import GroupedConfig  # noqa: E402
 from fp4bench.kernels.grouped_short import ShortConfig  # noqa: E402
 from fp4bench.kernels.moe import Layer, MoeConfig  # noqa: E402
-from fp4bench.kernels.prefill import PrefillConfig  # noqa: E402
+from fp4bench.kernels.prefill_launch import PrefillConfig  # noqa: E402
 from fp4bench.models import SILU, Activation  # noqa: E402
 from fp4bench.quantize import decode, decode_fp8_rows, quantize, quantize_fp8_rows  # noqa: E402
 

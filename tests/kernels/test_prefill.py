@@ -13,8 +13,9 @@ import torch
 triton = pytest.importorskip("triton")
 
 from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
-from fp4bench.kernels import prefill, weights  # noqa: E402
-from fp4bench.kernels.prefill import PrefillConfig, Schedule  # noqa: E402
+from fp4bench.kernels import prefill, prefill_launch, weights  # noqa: E402
+from fp4bench.kernels.prefill_kernel import wgmma_product  # noqa: E402
+from fp4bench.kernels.prefill_launch import PrefillConfig, Schedule  # noqa: E402
 from fp4bench.kernels.weights import WordOrder  # noqa: E402
 from fp4bench.quantize import decode, decode_fp8_rows, quantize, quantize_fp8_rows  # noqa: E402
 from fp4bench.reference import values  # noqa: E402
@@ -62,7 +63,7 @@ def test_no_share_of_the_cut_tiles_is_empty(k, ctas):
         schedule = Schedule.of(1, n // 16, k // 64, config, 132)
         assert (
             not schedule.shared
-            or schedule.shared * schedule.steps >= prefill._FEWEST_STEPS * schedule.ctas
+            or schedule.shared * schedule.steps >= prefill_launch.FEWEST_STEPS * schedule.ctas
             or schedule.ctas == schedule.tiles
         )
 
@@ -134,10 +135,10 @@ def compiled(form, fmt, config, in_bytes=False, sharers="many"):
         "HAS_BIAS": False,
         "REGISTERS": config.consumer_registers,
     }
-    names = prefill._kernel.arg_names
+    names = wgmma_product.arg_names
     divisible = {"n", "stride", *(name for name, type in types.items() if type.startswith("*"))}
     source = GluonASTSource(
-        fn=prefill._kernel,
+        fn=wgmma_product,
         signature=types | dict.fromkeys(constants, "constexpr"),
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in divisible},
@@ -147,7 +148,7 @@ def compiled(form, fmt, config, in_bytes=False, sharers="many"):
 
 
 def _described(element, tensor, block, swizzle):
-    layout = prefill._descriptor(tensor, block, swizzle).layout
+    layout = prefill.descriptor(tensor, block, swizzle).layout
     return f"tensordesc<{element}{block},{layout!r}>"
 
 
@@ -164,9 +165,9 @@ def stack_bytes(binary, tmp_path):
 @pytest.mark.parametrize(
     ("form", "fmt", "config", "shape"),
     [
-        ("bf16", MXFP4, prefill.default_config(32), "m64n32k16"),
-        ("bf16", NVFP4, prefill.default_config(64), "m64n64k16"),
-        ("bf16", MXFP4, prefill.default_config(1024), "m64n128k16"),
+        ("bf16", MXFP4, prefill_launch.default_config(32), "m64n32k16"),
+        ("bf16", NVFP4, prefill_launch.default_config(64), "m64n64k16"),
+        ("bf16", MXFP4, prefill_launch.default_config(1024), "m64n128k16"),
         ("bf16", MXFP4, PrefillConfig(columns=64, rows=256, warpgroups=4), "m64n64k16"),
         ("e4m3", MXFP4, PrefillConfig(columns=128, depth=128), "m64n128k32"),
         ("bytes", MXFP4, PrefillConfig(columns=64, depth=128), "m64n64k32"),
@@ -224,10 +225,10 @@ def test_both_launches_write_their_rows_of_the_output(monkeypatch):
         return (1,), (), {}
 
     monkeypatch.setattr(prefill, "_launch", launch)
-    monkeypatch.setattr(prefill, "_sms", lambda device: 4)
+    monkeypatch.setattr(prefill, "count_sms", lambda device: 4)
     config = PrefillConfig(columns=256, tail=PrefillConfig(rows=64, along_k=True))
     assert len(prefill.shares(300, weight, config, 4)) == 2
-    monkeypatch.setattr(prefill, "_kernel", {(1,): lambda: None})
+    monkeypatch.setattr(prefill, "wgmma_product", {(1,): lambda: None})
     prefill.gemm(x, weight, out, config=config, bias=bias)
     torch.testing.assert_close(out, x.float() @ decode(weights.restore(weight)).T + bias)
 
@@ -263,7 +264,7 @@ CASES = [
     ("fp16", MXFP4, 20472, 1056, 300, PrefillConfig(rows=256, pairs=True)),
     ("bytes", MXFP4, 20472, 1000, 60, PrefillConfig(rows=64, columns=64, depth=128, warpgroups=1, ctas=2, pairs=True)),
     ("bytes", MXFP4, 1000, 1024, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
-    *(("bf16", fmt, 1000, 1056, m, prefill.default_config(m)) for fmt in (MXFP4, NVFP4) for m in (17, 60, 100, 300)),
+    *(("bf16", fmt, 1000, 1056, m, prefill_launch.default_config(m)) for fmt in (MXFP4, NVFP4) for m in (17, 60, 100, 300)),
 ]
 
 

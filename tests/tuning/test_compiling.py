@@ -12,7 +12,7 @@ from fp4bench.formats import FORMATS  # noqa: E402
 from fp4bench.kernels import decode, prefill, weights  # noqa: E402
 from fp4bench.kernels.configs import Work  # noqa: E402
 from fp4bench.kernels.decode import DecodeConfig  # noqa: E402
-from fp4bench.kernels.prefill import PrefillConfig  # noqa: E402
+from fp4bench.kernels.prefill_launch import PrefillConfig  # noqa: E402
 from fp4bench.quantize import quantize  # noqa: E402
 from fp4bench.tuning import compiling  # noqa: E402
 
@@ -53,8 +53,8 @@ def kind(argument):
 def test_what_is_compiled_is_what_is_launched(monkeypatch, work, launch):
     recorded = Recorded()
     monkeypatch.setattr(decode, "_decode", recorded)
-    monkeypatch.setattr(prefill, "_kernel", recorded)
-    monkeypatch.setattr(prefill, "_sms", lambda device: H200.sm_count)
+    monkeypatch.setattr(prefill, "wgmma_product", recorded)
+    monkeypatch.setattr(prefill, "count_sms", lambda device: H200.sm_count)
     compiling.compile_one(work, launch, H200)
     dtype = torch.float8_e4m3fn if work.operand == "e4m3" else torch.bfloat16
     order = weights.WordOrder.BYTES if work.operand == "e4m3" else weights.WordOrder.HALVES

@@ -12,7 +12,7 @@ from fp4bench.devices import Device
 from fp4bench.kernels import weights
 from fp4bench.kernels.configs import Work
 from fp4bench.kernels.decode import DecodeConfig
-from fp4bench.kernels.prefill import PrefillConfig
+from fp4bench.kernels.prefill_launch import PrefillConfig
 from fp4bench.timing.clock import Measurement
 from fp4bench.tuning import product
 from fp4bench.tuning.search import WrongOutputError
