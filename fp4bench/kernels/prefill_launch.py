@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
+from typing import Any
 
 from fp4bench.kernels.weights import TILE_N, UNIT_K
 
@@ -210,14 +211,15 @@ _CUTS = ((True, False), (True, True), (False, False))
 
 def _tails(whole: PrefillConfig, x_itemsize: int, scales_per_byte: int) -> list[PrefillConfig]:
     """Launches for the rows that `whole` leaves: its tiles with fewer columns, or of 64 rows, which wait for less decoding."""
-    narrow = [
-        replace(whole, columns=columns, streamed=streamed) for columns, streamed in ((64, False), (128, False), (128, True))
-    ]
-    longer = [replace(tail, depth=2 * whole.depth) for tail in narrow[1:2] if whole.depth <= 128]
-    low = [replace(tail, rows=64, warpgroups=1) for tail in (narrow[1], *longer)]
-    low += [replace(narrow[1], rows=64, warpgroups=2, along_k=True, stages=2)]
-    made = []
-    for tail in (*narrow, *longer, *low):
+    low: dict[str, Any] = {"rows": 64, "columns": 128}
+    changes: list[dict[str, Any]] = [{"columns": 64}, {"columns": 128}, {"columns": 128, "streamed": True}]
+    changes += [{**low, "warpgroups": 1}, {**low, "warpgroups": 2, "along_k": True}]
+    if whole.depth <= 128:
+        changes += [{**change, "depth": 2 * whole.depth} for change in ({"columns": 128}, {**low, "warpgroups": 1})]
+    found = []
+    for change in changes:
+        tail = replace(whole, stages=2, **change)
         most = min(8, tail.most_stages(x_itemsize, scales_per_byte)) // tail.split * tail.split
-        made += [replace(tail, stages=most)] if most > tail.split else []
-    return [tail for tail in made if tail.has_registers(x_itemsize)]
+        if most > tail.split and tail.has_registers(x_itemsize):
+            found.append(replace(tail, stages=most))
+    return found
