@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from fp4bench.devices import Device
 from fp4bench.formats import MXFP4, NVFP4, ScaleRule
 from fp4bench.kernels.weights import WINDOWS, prepare
 from fp4bench.quantize import Quantized, decode, quantize
@@ -22,10 +23,11 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 
 import ptx  # noqa: E402
 
+from fp4bench.kernels import configs, slots  # noqa: E402
 from fp4bench.kernels import decode as kernel  # noqa: E402
-from fp4bench.kernels import slots  # noqa: E402
 from fp4bench.kernels.decode import DecodeConfig, fits, gemm  # noqa: E402
 
+H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 FORMATS = [MXFP4, NVFP4]
 TYPES = [torch.bfloat16, torch.float16]
 
@@ -230,6 +232,23 @@ def test_it_compiles_to_mma_on_16_byte_loads_without_spills(variant, tmp_path):
     scaled = re.findall(r"HMUL2.*;", dumped(binary, "-sass", tmp_path))
     assert len(scaled) >= 16 * variant["tiles"]
     assert all("H0_H0" in one or "H1_H1" in one for one in scaled)
+
+
+def shipped():
+    """Each decode kernel of the packaged tables: its format, launch, rows of x and k."""
+    entries = [entry for table in configs.tables_of(H200) for entry in table.entries if isinstance(entry.launch, DecodeConfig)]
+    return sorted({(e.work.format, e.launch, 8 if e.work.m <= 8 else 16, e.work.k) for e in entries}, key=str)
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="launches were tuned with Triton 3.6")
+@pytest.mark.parametrize(("fmt", "launch", "columns", "k"), shipped(), ids=str)
+def test_no_shipped_launch_spills(fmt, launch, columns, k, tmp_path):
+    names = {"EXCHANGE": launch.exchange, "AHEAD": launch.ahead, "DEPTH": launch.depth, "SLOTS": launch.slots}
+    names |= {"tiles": launch.tiles, "warps": launch.warps, "fmt": {str(one): one for one in FORMATS}[fmt]}
+    kernel = compiled(k=k, columns=columns, **names)
+    registers, stack = resources(kernel, tmp_path)
+    assert stack == 0
+    assert registers * 32 * launch.warps <= 65536
 
 
 def test_gate_up_is_one_wave_of_ctas(tmp_path):

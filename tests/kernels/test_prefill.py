@@ -6,19 +6,24 @@ Gluon with inline assembly does not run in Triton's interpreter: without a GPU n
 import os
 import re
 import subprocess
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
-from fp4bench.kernels import prefill, prefill_launch, weights  # noqa: E402
+from fp4bench.devices import Device  # noqa: E402
+from fp4bench.formats import FORMATS, MXFP4, NVFP4  # noqa: E402
+from fp4bench.kernels import configs, prefill, prefill_launch, weights  # noqa: E402
 from fp4bench.kernels.prefill_kernel import wgmma_product  # noqa: E402
 from fp4bench.kernels.prefill_launch import PrefillConfig, Schedule  # noqa: E402
 from fp4bench.kernels.weights import WordOrder  # noqa: E402
 from fp4bench.quantize import decode, decode_fp8_rows, quantize, quantize_fp8_rows  # noqa: E402
 from fp4bench.reference import values  # noqa: E402
+
+H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 
 
 @pytest.mark.parametrize("m", [1, 17, 129, 5000])
@@ -187,6 +192,26 @@ def test_it_compiles_to_wgmma_with_weights_in_registers(form, fmt, config, shape
     assert set(products) == {"{"}  # the left operand is a list of registers, not a descriptor
     assert "cp.async.bulk.tensor" in ptx
     assert stack_bytes(kernel, tmp_path) == 0
+
+
+def shipped():
+    """Each kernel of the packaged tables: what it multiplies as, its format, launch, and how many CTAs share a tile."""
+    found = set()
+    for entry in (entry for table in configs.tables_of(H200) for entry in table.entries):
+        if not isinstance(entry.launch, PrefillConfig):
+            continue
+        work = entry.work
+        weight = SimpleNamespace(tiles=-(-work.n // 16), units=-(-work.k // 64))
+        for first, last, launch in prefill.shares(work.m, weight, entry.launch, 132):
+            sharers = Schedule.of(work.m, last - first, weight.units, launch, 132).sharers
+            found.add((work.operand, work.format, replace(launch, streamed=True, pairs=False), sharers))
+    return sorted(found, key=str)
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="launches were tuned with Triton 3.6")
+@pytest.mark.parametrize(("form", "fmt", "config", "sharers"), shipped(), ids=str)
+def test_no_shipped_launch_spills(form, fmt, config, sharers, tmp_path):
+    assert stack_bytes(compiled(form, FORMATS[fmt], config, form == "e4m3", sharers), tmp_path) == 0
 
 
 @pytest.mark.parametrize(
