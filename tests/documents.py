@@ -67,12 +67,16 @@ def _lines(kind, first, *others):
 
 
 def _only(names, lines):
-    """Without the rows that none of these names; the head of a table and its rule stay."""
-    kept, row = [], 0
+    """Without the rows that none of these names; a table's head and rule stay. Raises ValueError for a name of no row."""
+    kept, row, seen = [], 0, set()
     for line in lines:
         row = row + 1 if line.startswith("|") else 0
-        if row < 3 or names & set(re.findall(r"\w+", " ".join(line.split("|")[1:3]))):
+        named = names & set(re.findall(r"\w+", " ".join(line.split("|")[1:3])))
+        if row < 3 or named:
             kept.append(line)
+            seen |= named
+    if names - seen:
+        raise ValueError(f"no row of the table is named {', '.join(sorted(names - seen))}")
     return kept
 
 

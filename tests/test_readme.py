@@ -152,6 +152,8 @@ def test_a_stale_table_is_found_and_made_anew(tmp_path, monkeypatch):
     for cut in (text.removesuffix("<!-- end -->\n"), text.replace("<!-- end -->", "", 1)):
         with pytest.raises(ValueError, match="without its"):
             documents.stale(cut)
+    with pytest.raises(ValueError, match="named nobody"):
+        documents.stale(text.replace("| triton -->", "| triton nobody -->"))
 
 
 def test_the_two_set_up_commands_come_first():

@@ -22,11 +22,12 @@ What was tried at m = 16, where 128 CTAs read all of x: o and qkv of Llama-3.3-7
 - Twice the rows a CTA, which halve the reading of x, need a sum over two CTAs. 8 tiles of 8 warps without that, on half of the
   SMs: 24.0. Triton 3.6 has no multicast, by which two CTAs would read x once.
 
-What scales cost (`2026-11-27_decode-scales-trial.jsonl` beside that of slots): multiplied from their half of a register and not
-spread first, 16.4 us instead of 16.9 of NVFP4's qkv at m = 1, 15.8 instead of 16.1 of MXFP4's. Where nothing but the words is
-read from memory, down takes 41 us: MXFP4's scales add 2.3, their share of the bytes, NVFP4's 6.5 where 5.1 is their share.
-Registers decide more: at 78 instead of 72 gate_up at m = 1 has six CTAs an SM where it needs 6.8, and takes 102 us, not 87 (it
-has 72 since `slots.ask` steps from one address).
+What scales cost at m = 1 (`2026-11-27_decode-scales-trial.jsonl`, an H100's and an H200's): multiplied from their half of a
+register and not spread first, 16.3 us instead of 16.9 of NVFP4's qkv and 15.8 instead of 16.1 of MXFP4's (H100; at m = 16
+NVFP4's, which spilled then, 18.6 instead of 18.3). Where nothing but the words is read from memory, down takes 41.2 us (H100):
+MXFP4's scales add 2.4, their share of the bytes is 2.6, NVFP4's 6.5 where 5.2 is their share; on an H200 4.8 where 3.9 is.
+Registers decide more: at 78 instead of 72 gate_up has six CTAs an SM where it needs 6.8, and takes 102 us, not 87 (H100; it has
+72 since `slots.ask` steps from one address).
 """
 
 from dataclasses import dataclass

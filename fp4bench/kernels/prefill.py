@@ -34,8 +34,8 @@ columns in the tail at m = 1024, 116.4 instead of 118.5. Nothing: more stages fo
 tail that begins before the launch before it has ended. Worse: y transposed within warps, in rows of 32 bytes, o 46.3.
 
 Weights beyond the ring, brought to the L2 before x is complete, are in the way of those that the ring waits for: at m = 32 W4A8
-with its quantization takes 15.03 us of o and 19.93 of qkv with 21 MB of them, and 13.94 and 18.20 without; all launches that
-were tried agree (`2026-11-27_w4a8-m32-trial.jsonl`).
+with its quantization takes 15.03 us of o and 19.44 of qkv with 21 MB of them, and 13.94 and 17.65 without; two of 81 launches
+of both are 0.1 and 0.4 % faster with them (`2026-11-27_w4a8-m32-trial.jsonl`, an H200).
 
 E4M3: Hopper adds FP8 products with some 14 bits (`CUT_FP8_SUMS` of `fp4bench.problems`), bfloat16 and float16 ones in float32.
 """

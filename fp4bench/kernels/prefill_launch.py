@@ -65,6 +65,8 @@ class PrefillConfig:
             raise ValueError(f"a tail has smaller tiles than {self.rows} x {self.columns}, and none of its own: {self.tail}")
         if self.pairs and not self.streamed:
             raise ValueError("pairs of CTAs share tiles that are cut along k: such a launch is streamed")
+        if self.pairs and self.tail:
+            raise ValueError("the tiles that pairs of CTAs share are those that a tail would take: a launch has one of both")
         if self.stages < 2 or self.group < 1:
             raise ValueError(f"at least 2 stages and 1 m tile a group, not {self.stages} and {self.group}")
 

@@ -62,7 +62,7 @@ def taken(i, lane):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def later(first, i):  # type: ignore[no-untyped-def]
-    """The place of what a lane takes as its i-th, from that of its first: no register for each, and none spilled by 5 tiles."""
+    """The place of what a lane takes as its i-th, from that of its first: no register for each."""
     return (first ^ (64 * (i % 2))) + 1024 * (i // 2)
 
 

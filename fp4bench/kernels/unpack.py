@@ -5,8 +5,8 @@ A lane's four words of a unit (see `weights`) and its scale words go in; eight r
 row 1 is g + 8) has the columns 16 j + 8 h + 2 t + e, e the half of register h. In 8 bits it has byte b of lane t at position
 16 j + 4 t + b, b = h + 2 e, which is `weights.E4M3_ORDER`.
 
-Integer operations and multiplications for the eight codes of a word, scales included (SASS, Triton 3.6): 14 in bfloat16 (15
-with NVFP4's scales), 20 in float16, 21 in E4M3, 10 in E4M3 of words in bytes.
+Integer operations and multiplications for the eight codes of a word, scales included (SASS, Triton 3.6): 14 in bfloat16 and 26
+in float16 (one more with NVFP4's scales), 21 in E4M3, 10 in E4M3 of words in bytes.
 """
 
 from collections.abc import Callable

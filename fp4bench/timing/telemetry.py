@@ -132,7 +132,8 @@ class Telemetry:
     def machine_facts(self) -> dict[str, Any]:
         """What identifies the GPU's abilities for comparisons: driver, board, highest clocks (MHz) and power limit (W).
 
-        The board's firmware and part number, for chains of kernels take 1.3 % less on all cards of some hosts (NVIDIA H200).
+        The board's firmware and part number, for eager products take 1.2 % less on some H200s than on others, and nothing else
+        tells which.
         """
         return {
             "driver": self._text(self._answer("nvmlSystemGetDriverVersion")),

@@ -87,6 +87,7 @@ def test_no_share_of_the_cut_tiles_is_empty(k, ctas):
         ({"columns": 16, "stages": 5, "along_k": True}, "multiple of 2 stages"),
         ({"columns": 16, "warpgroups": 1, "along_k": True}, "share the k"),
         ({"streamed": False, "pairs": True}, "streamed"),
+        ({"columns": 256, "pairs": True, "tail": PrefillConfig(columns=64)}, "one of both"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(change, why):

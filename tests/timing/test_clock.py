@@ -113,7 +113,7 @@ def test_a_drill_slows_down_by_what_it_says(cuda_clock, size, slowdown):
 
     x = torch.randn(size, device="cuda")
     y = torch.empty_like(x)
-    # Three graphs of each, in turn: one captured in a moment of cheap launches is 0.9 % faster (an H200), and stays so.
+    # Three graphs of each, in turn: one that was captured in a moment of cheap launches (`steadiness`) is faster, and stays so.
     asked = (0.0, slowdown) * 3
     found = [cuda_clock.measure([lambda: y.copy_(x)], 8 * size, of) for of in asked]
     seconds = [middle([middle(one.seconds) for one in found[first::2]]) for first in (0, 1)]

@@ -1,10 +1,10 @@
 """One case from its inputs to its record, in this process: what is checked, timed, told and freed. On the CPU."""
 
 import json
-import multiprocessing
 import weakref
 from types import SimpleNamespace
 
+import arena_places
 import pytest
 import torch
 
@@ -260,29 +260,9 @@ def test_a_case_that_does_not_fit_beside_the_arena_is_timed_without_one():
     assert len(asked) == 3
 
 
-def _places():
-    """The arena at each of four cases: where it begins, its size, and its blocks, free ones negative."""
-    measurer, places = Measurer("cuda"), []
-    timed = measurer._clock.measure
-
-    def measure(calls, bytes_touched, slowdown=0.0):
-        arena = max(torch.cuda.memory_snapshot(), key=lambda segment: segment["total_size"])
-        taken = [b["size"] if b["state"] == "active_allocated" else -b["size"] for b in arena["blocks"]]
-        places.append((arena["address"], arena["total_size"], taken))
-        return timed(calls, bytes_touched, slowdown)
-
-    measurer._clock.measure = measure
-    small, large = case(EagerProvider(), m=16, k=4096), case(EagerProvider(), m=64, k=1 << 16)
-    for one in (small, large, small, small):
-        measurer(TimeCase(one))
-    return places
-
-
 @pytest.mark.gpu
 def test_operands_lie_in_one_arena_whatever_was_captured_before():
-    """In a process of its own, as every worker is: after other tests there are free blocks that fit better than the arena's."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        places = pool.apply(_places)
+    places = arena_places.asked(120)
     assert places[0][1] > torch.cuda.get_device_properties("cuda").total_memory // 4
     assert places[1] != places[0] == places[2] == places[3]
 
