@@ -138,7 +138,11 @@ def with_more(spread: Spread, more: Prior) -> Spread:
 
 def standard_error(spread: Spread) -> float:
     """Of one new run minus the baseline's mean."""
-    return sqrt(spread.variance * (1 + 1 / spread.units))
+    return float(_error(spread.variance, spread.units))
+
+
+def _error(variance: float, units: ArrayLike) -> Floats:
+    return np.asarray(np.sqrt(variance * (1 + 1 / np.asarray(units))))
 
 
 def upper_tail(t: ArrayLike, freedom: ArrayLike) -> Floats:
@@ -182,8 +186,7 @@ def units_needed(spread: Spread, effect: float, tail: float, floor: float, most:
     The variance is taken to stay what it is; each adds one degree of freedom.
     """
     more = np.arange(1, most + 1)
-    error = np.sqrt(spread.variance * (1 + 1 / (spread.units + more)))
-    enough = detectable(error, spread.freedom + more, tail, floor) <= effect
+    enough = detectable(_error(spread.variance, spread.units + more), spread.freedom + more, tail, floor) <= effect
     return int(more[enough.argmax()]) if enough.any() else None
 
 

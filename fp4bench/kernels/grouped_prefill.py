@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from fp4bench.kernels.experts import PreparedExperts
 from fp4bench.kernels.grouped import activated, activation_arguments, padded
 from fp4bench.kernels.prefill import count_sms, descriptor
-from fp4bench.kernels.prefill_kernel import powers, release, words_layout
+from fp4bench.kernels.prefill_kernel import as_operand, powers, release, words_layout
 from fp4bench.kernels.prefill_launch import SHARED_BYTES, PrefillConfig
 from fp4bench.kernels.routing import BLOCK_FIELDS, most_blocks
 from fp4bench.kernels.unpack import assembly
@@ -166,14 +166,7 @@ def _decode(
     else:
         CODE: gl.constexpr = _BF16_NV if TWO_LEVEL else _BF16_MX
         q0, q1, q2, q3, q4, q5, q6, q7 = gl.inline_asm_elementwise(CODE, _SIXTEEN, [w, s], _AS_BF16, False, 4)
-    q = gl.join(gl.join(gl.join(q0, q1), gl.join(q2, q3)), gl.join(gl.join(q4, q5), gl.join(q6, q7)))
-    if FORM == "e4m3":
-        # repeat, warp, unit, g, t, byte, high row, word's two bits -> repeat, warp, high row, g; unit, word, t, byte
-        q = q.reshape([REPEATS, 4, UNITS, 8, 4, 4, 2, 2, 2]).permute([0, 1, 6, 3, 2, 8, 7, 4, 5])
-    else:
-        # repeat, warp, unit, g, t, h, e, high row, word's two bits -> repeat, warp, high row, g; unit, word, h, t, e
-        q = q.reshape([REPEATS, 4, UNITS, 8, 4, 2, 2, 2, 2, 2]).permute([0, 1, 7, 3, 2, 9, 8, 5, 4, 6])
-    return gl.convert_layout(q.reshape([64 * REPEATS, 64 * UNITS]), OPERAND, assert_trivial=True)
+    return as_operand((q0, q1, q2, q3, q4, q5, q6, q7), REPEATS, UNITS, FORM, OPERAND)
 
 
 # --- Device code: who does what ---------------------------------------------------------------------------------------------

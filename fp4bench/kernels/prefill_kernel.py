@@ -84,16 +84,22 @@ def _decode(
     else:
         CODE: gl.constexpr = _FP16_NV if TWO_LEVEL else _FP16_MX
         q0, q1, q2, q3, q4, q5, q6, q7 = gl.inline_asm_elementwise(CODE, _SIXTEEN, [w, s], _AS_FP16, False, 4)
-    low_words = gl.join(gl.join(q0, q1), gl.join(q2, q3))
-    high_words = gl.join(gl.join(q4, q5), gl.join(q6, q7))
-    q = gl.join(low_words, high_words)
+    return as_operand((q0, q1, q2, q3, q4, q5, q6, q7), REPEATS, UNITS, FORM, OPERAND)
+
+
+@gluon.jit
+def as_operand(q, REPEATS: gl.constexpr, UNITS: gl.constexpr, FORM: gl.constexpr, OPERAND: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The eight results of `unpack` -> (64 REPEATS, 64 UNITS) in the registers of the A operand. No data moves."""
+    low_words = gl.join(gl.join(q[0], q[1]), gl.join(q[2], q[3]))
+    high_words = gl.join(gl.join(q[4], q[5]), gl.join(q[6], q[7]))
+    a = gl.join(low_words, high_words)
     if FORM == "e4m3":
         # repeat, warp, unit, g, t, byte, high row, word's two bits -> repeat, warp, high row, g; unit, word, t, byte
-        q = q.reshape([REPEATS, 4, UNITS, 8, 4, 4, 2, 2, 2]).permute([0, 1, 6, 3, 2, 8, 7, 4, 5])
+        a = a.reshape([REPEATS, 4, UNITS, 8, 4, 4, 2, 2, 2]).permute([0, 1, 6, 3, 2, 8, 7, 4, 5])
     else:
         # repeat, warp, unit, g, t, h, e, high row, word's two bits -> repeat, warp, high row, g; unit, word, h, t, e
-        q = q.reshape([REPEATS, 4, UNITS, 8, 4, 2, 2, 2, 2, 2]).permute([0, 1, 7, 3, 2, 9, 8, 5, 4, 6])
-    return gl.convert_layout(q.reshape([64 * REPEATS, 64 * UNITS]), OPERAND, assert_trivial=True)
+        a = a.reshape([REPEATS, 4, UNITS, 8, 4, 2, 2, 2, 2, 2]).permute([0, 1, 7, 3, 2, 9, 8, 5, 4, 6])
+    return gl.convert_layout(a.reshape([64 * REPEATS, 64 * UNITS]), OPERAND, assert_trivial=True)
 
 
 # --- Who does what ------------------------------------------------------------------------------------------------------------

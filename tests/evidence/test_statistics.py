@@ -1,5 +1,6 @@
 """Variances, moderation, Holm and power, against hand-computed values and simulations."""
 
+from dataclasses import replace
 from math import inf, sqrt
 
 import numpy as np
@@ -195,6 +196,21 @@ def test_more_runs_are_needed_for_smaller_effects():
     assert needed == sorted(needed)
     assert needed[0] >= 1
     assert units_needed(noisy, 0.02, 1e-3, 0.01) is None
+
+
+@pytest.mark.parametrize("effect", [0.03, 0.04, 0.06, 0.08])
+@pytest.mark.parametrize("spread", [Spread(0.0, 1e-4, 2.0, 2), Spread(0.0, 4e-5, 5.0, 4)])
+def test_so_many_more_runs_tell_an_effect_and_one_fewer_does_not(spread, effect):
+    def smallest(more):
+        then = replace(spread, freedom=spread.freedom + more, units=spread.units + more)
+        return detectable(standard_error(then), then.freedom, 1e-3, 0.01)
+
+    needed = units_needed(spread, effect, 1e-3, 0.01)
+    if needed is None:
+        assert smallest(60) > effect
+    else:
+        assert smallest(needed) <= effect
+        assert needed == 1 or smallest(needed - 1) > effect
 
 
 def test_a_change_and_its_logarithm():

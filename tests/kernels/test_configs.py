@@ -81,7 +81,9 @@ def test_candidates_fit_the_gpu_and_the_default_is_one(operand, format, m):
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
-    table = Table("NVIDIA H200", (9, 0), 132, {"triton": "3.6.0"}, (entry(8, tiles=3), entry(16)))
+    tail = PrefillConfig(rows=64, columns=128, depth=128, stages=8, along_k=True)
+    wide = Entry(replace(WORK, m=512), PrefillConfig(columns=256, streamed=False, tail=tail), 1e-3)
+    table = Table("NVIDIA H200", (9, 0), 132, {"triton": "3.6.0"}, (entry(8, tiles=3), entry(16), wide))
     path = tmp_path / "table.json"
     path.write_text(configs.dump(table))
     assert configs.load(path) == table
@@ -96,6 +98,8 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
         ({"entries": [WORK.__dict__ | {"seconds": 1.0, "launch": {"kernel": "sorcery"}}]}, "sorcery"),
         ({"entries": [WORK.__dict__ | {"seconds": 1.0, "launch": {"kernel": "decode", "tiles": 99}}]}, "tiles"),
         ({"entries": [WORK.__dict__ | {"seconds": 1.0, "launch": {"kernel": "decode"}}] * 2}, "two entries"),
+        ({"entries": [WORK.__dict__ | {"seconds": 1.0, "launch": {"kernel": "prefill", "tail": 64}}]}, "a launch of its own"),
+        ({"entries": [WORK.__dict__ | {"seconds": 1.0, "launch": {"kernel": "prefill", "tail": {"spell": 1}}}]}, "no spell"),
     ],
 )
 def test_a_file_that_is_no_table_is_one_sentence(tmp_path, change, why):

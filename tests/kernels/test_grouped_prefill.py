@@ -13,7 +13,7 @@ from compiling import compile_gluon, resources  # noqa: E402
 from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
 from fp4bench.kernels import grouped_prefill, moe, prefill, routing  # noqa: E402
 from fp4bench.kernels.experts import prepare_experts  # noqa: E402
-from fp4bench.kernels.prefill import PrefillConfig  # noqa: E402
+from fp4bench.kernels.prefill_launch import PrefillConfig  # noqa: E402
 from fp4bench.models import SILU  # noqa: E402
 from fp4bench.quantize import quantize  # noqa: E402
 
