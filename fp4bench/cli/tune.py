@@ -144,10 +144,15 @@ def _written(args: argparse.Namespace, device: Device, readings: Readings) -> li
     from fp4bench.kernels import configs
     from fp4bench.tuning import campaign, refresh
 
-    table, changes = refresh.refreshed(
-        device, campaign.versions(), readings.works_done(), readings, lambda work: configs.choose(work, device)
-    )
     path = configs.table_path(device, args.output)
+    table, changes = refresh.refreshed(
+        device,
+        campaign.versions(),
+        readings.works_done(),
+        readings,
+        lambda work: configs.choose(work, device),
+        configs.load(path) if path.exists() else None,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
     beside.write_text(configs.dump(table), encoding="utf-8")

@@ -37,7 +37,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fp4bench.kernels import fragments, slots
+from fp4bench.kernels import fragments, slots, streams
 from fp4bench.kernels.overlap import BEGIN
 from fp4bench.kernels.weights import UNIT_K, PreparedWeight
 
@@ -53,9 +53,7 @@ class DecodeConfig:
     exchange: read x 16 bytes a lane and exchange them among lanes, instead of 4 bytes a lane where they are needed.
     ahead: hold x and scales of the next unit while one is computed.
     max_registers: of a thread, None for the compiler's choice.
-    streaming: how weights are read: 0 plainly, 1 first to be evicted from the caches, 2 past the L1.
-    depth: units of weights in flight, 1 or 2. The last two and this are compiled with other values, and timed with these alone,
-        but for a depth of 2 with slots.
+    depth: units of weights in flight, 1 or 2; 2 is tuned with slots alone.
     slots: units of x on their way to a warp through shared memory (`slots`), up to 4, instead of `exchange` and `ahead`; 0, or
         where x does not lie in whole units of aligned 16 bytes: straight into registers.
     """
@@ -65,7 +63,6 @@ class DecodeConfig:
     exchange: bool = False
     ahead: bool = False
     max_registers: int | None = None
-    streaming: int = 1
     depth: int = 1
     slots: int = 0
 
@@ -164,7 +161,6 @@ def _launch(
         "PAIRS": x.stride(0) % 2 == 0 and k % 2 == 0 and x.data_ptr() % 4 == 0,
         "EXCHANGE": config.exchange and in_chunks,
         "AHEAD": config.ahead,
-        "STREAMING": config.streaming,
         "DEPTH": min(config.depth, steps),
         "SLOTS": min(config.slots, steps) if in_chunks else 0,
         "num_warps": config.warps,
@@ -255,7 +251,6 @@ def _decode(
     PAIRS: gl.constexpr,
     EXCHANGE: gl.constexpr,
     AHEAD: gl.constexpr,
-    STREAMING: gl.constexpr,
     DEPTH: gl.constexpr,
     SLOTS: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
@@ -297,7 +292,6 @@ def _decode(
             COLUMNS,
             TWO_LEVEL,
             HALF,
-            STREAMING,
             DEPTH,
             SLOTS,
             FOUR,
@@ -323,7 +317,6 @@ def _decode(
             PAIRS,
             EXCHANGE,
             AHEAD,
-            STREAMING,
             DEPTH,
             FOUR,
         )
@@ -346,7 +339,6 @@ def _through_slots(
     COLUMNS: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
     HALF: gl.constexpr,
-    STREAMING: gl.constexpr,
     DEPTH: gl.constexpr,
     SLOTS: gl.constexpr,
     FOUR: gl.constexpr,
@@ -355,7 +347,7 @@ def _through_slots(
     warp = thread // 32
     queue = ()  # type: ignore[var-annotated]
     for step in gl.static_range(DEPTH):
-        queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES, STREAMING)
+        queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES)
     # Everything above is the weight's. x may still be written by the kernel before.
     gl.inline_asm_elementwise(BEGIN, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
     start = slots.first(warp, SLOTS, COLUMNS)
@@ -368,7 +360,7 @@ def _through_slots(
             b = slots.take(slot, thread, SLOTS - 1, COLUMNS, FOUR)
             slots.ask(slot, x, turn + i + SLOTS, thread, m, x_stride, UNITS, WARPS, COLUMNS)
             acc = _multiply(queue, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
-            queue = queue[2 * TILES :] + _load_unit(words_at, scales_at, turn + i + DEPTH, warp, UNITS, WARPS, TILES, STREAMING)
+            queue = queue[2 * TILES :] + _load_unit(words_at, scales_at, turn + i + DEPTH, warp, UNITS, WARPS, TILES)
             slot = slots.following(slot, start, SLOTS, COLUMNS)
     LAST: gl.constexpr = STEPS - LOOP
     for i in gl.static_range(LAST):
@@ -378,7 +370,7 @@ def _through_slots(
         acc = _multiply(queue, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
         queue = queue[2 * TILES :]
         if i + DEPTH < LAST:
-            queue = queue + _load_unit(words_at, scales_at, LOOP + i + DEPTH, warp, UNITS, WARPS, TILES, STREAMING)
+            queue = queue + _load_unit(words_at, scales_at, LOOP + i + DEPTH, warp, UNITS, WARPS, TILES)
         slot = slots.following(slot, start, SLOTS, COLUMNS)
     slots.drain(thread)
     return acc
@@ -405,7 +397,6 @@ def _through_registers(
     PAIRS: gl.constexpr,
     EXCHANGE: gl.constexpr,
     AHEAD: gl.constexpr,
-    STREAMING: gl.constexpr,
     DEPTH: gl.constexpr,
     FOUR: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
@@ -414,7 +405,7 @@ def _through_registers(
     # The next DEPTH units: words and scales of each tile. A queue, whose every turn the loop unrolls.
     queue = ()  # type: ignore[var-annotated]
     for step in gl.static_range(DEPTH):
-        queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES, STREAMING)
+        queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES)
     # Everything above is the weight's. x may still be written by the kernel before.
     gl.inline_asm_elementwise(BEGIN, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
     b = _load_x(x, 0, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR)
@@ -426,9 +417,7 @@ def _through_registers(
                     x, start + i + 1, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR
                 )
             acc = _multiply(queue, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
-            queue = queue[2 * TILES :] + _load_unit(
-                words_at, scales_at, start + i + DEPTH, warp, UNITS, WARPS, TILES, STREAMING
-            )
+            queue = queue[2 * TILES :] + _load_unit(words_at, scales_at, start + i + DEPTH, warp, UNITS, WARPS, TILES)
             if not AHEAD:
                 next_b = _load_x(
                     x, start + i + 1, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR
@@ -440,7 +429,7 @@ def _through_registers(
         acc = _multiply(queue, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
         queue = queue[2 * TILES :]
         if i + DEPTH < STEPS - LOOP:
-            queue = queue + _load_unit(words_at, scales_at, LOOP + i + DEPTH, warp, UNITS, WARPS, TILES, STREAMING)
+            queue = queue + _load_unit(words_at, scales_at, LOOP + i + DEPTH, warp, UNITS, WARPS, TILES)
         if i + 1 < STEPS - LOOP:
             if not AHEAD:
                 next_b = _load_x(
@@ -459,25 +448,17 @@ def _load_unit(
     UNITS: gl.constexpr,
     WARPS: gl.constexpr,
     TILES: gl.constexpr,
-    STREAMING: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
     """A unit of each tile: int32 [threads, 4], the lane's words, and int32 or int64 [threads], the scales of rows g and g + 8.
 
     Beyond the last unit zeros.
     """
-    MODIFIER: gl.constexpr = ".cg" if STREAMING == 2 else ""
-    POLICY: gl.constexpr = "evict_first" if STREAMING == 1 else ""
+    MASKED: gl.constexpr = UNITS % WARPS != 0
+    inside = step * WARPS + warp < UNITS
     unit = ()  # type: ignore[var-annotated]
     for tile in gl.static_range(TILES):
-        word = words_at + tile * (UNITS * 128) + step * (WARPS * 128)
-        scale = scales_at + tile * (UNITS * 8) + step * (WARPS * 8)
-        if UNITS % WARPS == 0:
-            w = gl.load(word, eviction_policy=POLICY, cache_modifier=MODIFIER)
-            s = gl.load(scale)
-        else:
-            inside = step * WARPS + warp < UNITS
-            w = gl.load(word, mask=inside[:, None], other=0, eviction_policy=POLICY, cache_modifier=MODIFIER)
-            s = gl.load(scale, mask=inside, other=0)
+        w = streams.load_words(words_at + tile * (UNITS * 128) + step * (WARPS * 128), inside, MASKED)
+        s = streams.load_scales(scales_at + tile * (UNITS * 8) + step * (WARPS * 8), inside, MASKED)
         unit = unit + (w, s)
     return unit
 

@@ -1,11 +1,23 @@
 """x -> E4M3 with a scale for each row: FP8, or FP4's codes under the largest scale of their row."""
 
+from enum import Enum
+
 import triton
 import triton.language as tl
 
 from fp4bench.kernels.overlap import begin
 from fp4bench.kernels.rounding import FLOAT_TINY, INF, power_of_two, rounded
 from fp4bench.kernels.runs import largest_of_blocks, load_runs, pairs, rotated, side_by_side, spread
+
+
+class Columns(Enum):
+    """The order that the columns of a quantized row are stored in: as they come; each 16 in the order of the tensor cores'
+    fragments, `weights.E4M3_ORDER`; or each 32 in that of `experts.COLUMNS` first.
+    """
+
+    NATURAL = "natural"
+    FRAGMENTS = "fragments"
+    EXPERTS = "experts"
 
 
 @triton.jit
@@ -25,7 +37,7 @@ def quantize_row(  # type: ignore[no-untyped-def]
     RULE: tl.constexpr,
     HADAMARD: tl.constexpr,
     FP4: tl.constexpr,
-    FRAGMENTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -42,7 +54,7 @@ def quantize_row(  # type: ignore[no-untyped-def]
     if ONCE:
         v = rotated(load_runs(x, row, column, row + 1, k, stride, RUN, WIDTH, WHOLE), HADAMARD)
         top = _top_of_row(v, BLOCK, RULE, FP4)
-        _store_row(values, scales, v, top, row, column, k_out, BLOCK, RULE, FP4, FRAGMENTS)
+        _store_row(values, scales, v, top, row, column, k_out, BLOCK, RULE, FP4, COLUMNS)
     else:
         top = tl.program_id(0) * 0
         read_row = tl.program_id(0) + tl.zeros((READ_RUNS,), dtype=tl.int32)
@@ -52,7 +64,7 @@ def quantize_row(  # type: ignore[no-untyped-def]
             top = tl.maximum(top, _top_of_row(v, BLOCK, RULE, FP4))
         for start in range(0, k_out, RUNS * RUN):
             v = rotated(load_runs(x, row, start + column, row + 1, k, stride, RUN, WIDTH, WHOLE), HADAMARD)
-            _store_row(values, scales, v, top, row, start + column, k_out, BLOCK, RULE, FP4, FRAGMENTS)
+            _store_row(values, scales, v, top, row, start + column, k_out, BLOCK, RULE, FP4, COLUMNS)
 
 
 @triton.jit
@@ -78,7 +90,7 @@ def _store_row(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     RULE: tl.constexpr,
     FP4: tl.constexpr,
-    FRAGMENTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     n: tl.constexpr = v.shape[0]
     width: tl.constexpr = v.shape[1]
@@ -98,9 +110,13 @@ def _store_row(  # type: ignore[no-untyped-def]
         largest = top.to(tl.float32, bitcast=True)
         scale = tl.where(top > INF, largest, tl.maximum(tl.div_rn(largest, 448.0), FLOAT_TINY))
         y = _quotient(v, scale)
-    if FRAGMENTS:
+    if COLUMNS == "fragments":
         # Column 8 h + 2 t + e of 16 goes to 4 t + 2 e + h: E4M3_ORDER.
         y = tl.reshape(tl.permute(tl.reshape(y, (n, width // 16, 2, 8)), (0, 1, 3, 2)), (n, width))
+    if COLUMNS == "experts":
+        # Column 8 t + 4 j + 2 h + e of 32 goes to 16 j + 4 t + 2 e + h.
+        y = tl.permute(tl.reshape(y, (n, width // 32, 4, 2, 2, 2)), (0, 1, 3, 2, 5, 4))
+        y = tl.reshape(y, (n, width))
     offsets = column[:, None] + tl.arange(0, width)[None, :]
     at = values + row.to(tl.int64)[:, None] * k_out + offsets
     tl.store(at, y.to(tl.float8e4nv), mask=offsets < k_out)

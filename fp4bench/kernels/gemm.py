@@ -27,6 +27,7 @@ from fp4bench.kernels import blackwell, configs, decode, prefill, quantize
 from fp4bench.kernels.blackwell import BlackwellConfig
 from fp4bench.kernels.configs import Launch, Work
 from fp4bench.kernels.decode import DecodeConfig
+from fp4bench.kernels.fp8_rows import Columns
 from fp4bench.kernels.prefill_launch import PrefillConfig
 from fp4bench.kernels.quantize import BlockedQuantized, Image
 from fp4bench.kernels.weights import UNIT_K, PreparedWeight, WordOrder, prepare
@@ -144,7 +145,7 @@ def _activations(x: torch.Tensor, weight: Weight, mode: Mode, buffers: Mapping[s
         assert scale is not None
         rows = RowQuantized(values, scale[:, None])
         if mode is W4A8:
-            quantize.quantize_fp8_rows(x, fragments=True, out=rows, pdl=pdl)
+            quantize.quantize_fp8_rows(x, columns=Columns.FRAGMENTS, out=rows, pdl=pdl)
         else:
             quantize.fp4_as_e4m3(x, rule=weight.rule, hadamard=weight.hadamard, out=rows, pdl=pdl)
         return Activations(values, scale)

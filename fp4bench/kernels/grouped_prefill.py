@@ -118,6 +118,7 @@ def product(
         HAS_X_SCALE=x_scale is not None,
         HAS_BIAS=bias is not None,
         ACTIVATION=name,
+        WHOLE=columns % 32 == 0,
         REGISTERS=config.consumer_registers,
         num_warps=4,
         maxnreg=config.registers,
@@ -308,6 +309,7 @@ def _tile(
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    WHOLE: gl.constexpr,
 ):
     """A warpgroup's rows of one tile, for a block of up to COLUMNS + MORE pairs: the weight is decoded once for both."""
     ROWS: gl.constexpr = 64 * REPEATS
@@ -334,7 +336,22 @@ def _tile(
     y = _waited(sums, 0, MORE)
     release(barriers, count, STAGES)
     expert, first, pairs, at_n, columns, tiles, out_stride = place
-    _store(y[0], pointers, place, limits, WARPGROUP, WARPGROUPS, ROWS, COLUMNS, SUMS, FORM, HAS_X_SCALE, HAS_BIAS, ACTIVATION)
+    _store(
+        y[0],
+        pointers,
+        place,
+        limits,
+        WARPGROUP,
+        WARPGROUPS,
+        ROWS,
+        COLUMNS,
+        SUMS,
+        FORM,
+        HAS_X_SCALE,
+        HAS_BIAS,
+        ACTIVATION,
+        WHOLE,
+    )
     if MORE > 0:
         place = (expert, first + COLUMNS, pairs - COLUMNS, at_n, columns, tiles, out_stride)
         _store(
@@ -351,6 +368,7 @@ def _tile(
             HAS_X_SCALE,
             HAS_BIAS,
             ACTIVATION,
+            WHOLE,
         )
 
 
@@ -369,6 +387,7 @@ def _store(
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    WHOLE: gl.constexpr,
 ):
     """The epilogue in float32, then y^T in rows."""
     out, row_scale, x_scale, bias, positions = pointers
@@ -406,8 +425,10 @@ def _store(
         to = gl.load(positions + to, mask=row < pairs, other=0)
     else:
         column = place // 32 * 32 + place % 8 // 2 * 8 + place % 32 // 16 * 4 + place % 16 // 8 * 2 + place % 2
+    # Asked of 32 neighbours together where the answer is the same for all of them: so 16 bytes are stored at a time.
+    there = place // 32 < columns // 32 if WHOLE else column < columns
     at = out + to.to(gl.int64)[:, None] * out_stride + place[None, :]
-    gl.store(at, transposed, mask=(row < pairs)[:, None] & (column < columns)[None, :])
+    gl.store(at, transposed, mask=(row < pairs)[:, None] & there[None, :])
 
 
 @gluon.jit
@@ -430,6 +451,7 @@ def _consume(
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    WHOLE: gl.constexpr,
 ):
     """One warpgroup: its rows of every tile of this CTA."""
     columns, tiles, n_tiles, steps, numbers = sizes
@@ -460,6 +482,7 @@ def _consume(
                     HAS_X_SCALE,
                     HAS_BIAS,
                     ACTIVATION,
+                    WHOLE,
                 )
         count += steps
 
@@ -492,6 +515,7 @@ def _kernel(
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    WHOLE: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     x_buffer = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, COLUMNS, x_tiles.block_type.shape[1]], x_tiles.layout)
@@ -534,6 +558,7 @@ def _kernel(
                         HAS_X_SCALE,
                         HAS_BIAS,
                         ACTIVATION,
+                        WHOLE,
                     ),
                 ),
                 (_produce, load),
@@ -565,6 +590,7 @@ def _kernel(
                         HAS_X_SCALE,
                         HAS_BIAS,
                         ACTIVATION,
+                        WHOLE,
                     ),
                 ),
                 (
@@ -588,6 +614,7 @@ def _kernel(
                         HAS_X_SCALE,
                         HAS_BIAS,
                         ACTIVATION,
+                        WHOLE,
                     ),
                 ),
                 (_produce, load),

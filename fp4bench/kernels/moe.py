@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from fp4bench.kernels import grouped, grouped_short, routing
 from fp4bench.kernels.experts import PreparedExperts, gated_rows
+from fp4bench.kernels.fp8_rows import Columns
 from fp4bench.kernels.grouped import GroupedConfig
 from fp4bench.kernels.grouped_prefill import product
 from fp4bench.kernels.grouped_short import ShortConfig
@@ -181,7 +182,7 @@ def workspace(
         torch.empty(pairs, layer.hidden, dtype=torch.float32 if config.block == 8 else dtype, device=device),
         torch.empty(pairs, k, dtype=torch.float8_e4m3fn if fp8 else dtype, device=device) if wide else None,
         torch.empty(pairs, dtype=torch.float32, device=device) if fp8 else None,
-        _empty_rows(m, layer.hidden, device) if fp8 else None,
+        _empty_rows(m, k, device) if fp8 else None,
         _empty_rows(pairs, between, device) if fp8 else None,
     )
 
@@ -304,16 +305,16 @@ def _wide_phases(
             "gemm2": lambda: gemm2(hidden, None),
         }
     return {
-        "quantize": lambda: _quantize(x, of_x, fragments=False),
+        "quantize": lambda: _quantize(x, Columns.EXPERTS, of_x),
         "gather": lambda: routing.gather(of_x.values, positions, topk, rows, of_x.scales, space.scales),
         "gemm1": gemm1,
-        "quantize2": lambda: _quantize(hidden, of_hidden, fragments=True),
+        "quantize2": lambda: _quantize(hidden, Columns.FRAGMENTS, of_hidden),
         "gemm2": lambda: gemm2(of_hidden.values, of_hidden.scales),
     }
 
 
-def _quantize(x: torch.Tensor, out: RowQuantized, fragments: bool) -> None:
-    quantize_fp8_rows(x, fragments=fragments, out=out)
+def _quantize(x: torch.Tensor, columns: Columns, out: RowQuantized) -> None:
+    quantize_fp8_rows(x, columns=columns, out=out)
 
 
 def _block(config: GroupedConfig | ShortConfig | PrefillConfig) -> int:

@@ -9,7 +9,7 @@
 The last two are written in float32 on `runs`, with the roundings of `rounding`, and run wherever Triton does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm, prod
 from typing import Any
 
@@ -19,7 +19,7 @@ import triton
 from fp4bench.formats import MXFP4, BlockFormat, ScaleRule, layouts
 from fp4bench.kernels import mxfp4_lanes, nvfp4_lanes, overlap
 from fp4bench.kernels.fp4_tiles import largest_of_tiles, quantize_tiles
-from fp4bench.kernels.fp8_rows import quantize_row
+from fp4bench.kernels.fp8_rows import Columns, quantize_row
 from fp4bench.kernels.mxfp4_lanes import RULES as MXFP4_RULES
 from fp4bench.quantize import Quantized, RowQuantized, check_arguments
 
@@ -215,18 +215,17 @@ def fp4_as_bf16(
 
 
 def quantize_fp8_rows(
-    x: torch.Tensor, *, fragments: bool = False, out: RowQuantized | None = None, pdl: bool = False
+    x: torch.Tensor, *, columns: Columns = Columns.NATURAL, out: RowQuantized | None = None, pdl: bool = False
 ) -> RowQuantized:
     """`fp4bench.quantize.quantize_fp8_rows` in one pass, with its bits. float (..., k) of a GPU -> RowQuantized.
 
-    fragments: columns in the order of `fp4bench.kernels.weights.E4M3_ORDER`, and k padded to a multiple of 64, with zeros but
-    in rows whose scale is NaN.
+    columns: their order. But in the natural one k is padded to a multiple of 64, with zeros but in rows whose scale is NaN.
     out: values and scales to write: float8_e4m3fn (..., k or k padded), float32 (..., 1).
     pdl: overlap with the kernels before and after, which must do as `overlap` says. Compute capability 9.0 or later.
     """
     k = x.shape[-1]
-    out = out or _empty_rows(x, k + -k % _UNIT if fragments else k)
-    _quantize_rows(x, out, MXFP4.default_rule, None, fp4=False, fragments=fragments, pdl=pdl)
+    out = out or _empty_rows(x, k if columns is Columns.NATURAL else k + -k % _UNIT)
+    _quantize_rows(x, out, MXFP4.default_rule, None, fp4=False, columns=columns, pdl=pdl)
     return out
 
 
@@ -252,7 +251,7 @@ def fp4_as_e4m3(
     _check_gain(rule)
     k = x.shape[-1]
     out = out or _empty_rows(x, k + -k % lcm(_UNIT, hadamard or 1))
-    _quantize_rows(x, out, rule, hadamard, fp4=True, fragments=True, pdl=pdl)
+    _quantize_rows(x, out, rule, hadamard, fp4=True, columns=Columns.FRAGMENTS, pdl=pdl)
     return out
 
 
@@ -369,13 +368,15 @@ def _encode_scale_source(
 
 
 def _quantize_rows(
-    x: torch.Tensor, out: RowQuantized, rule: ScaleRule, hadamard: int | None, *, fp4: bool, fragments: bool, pdl: bool
+    x: torch.Tensor, out: RowQuantized, rule: ScaleRule, hadamard: int | None, *, fp4: bool, columns: Columns, pdl: bool
 ) -> None:
     if not out.scales.numel():
         return
     matrix, k, k_out = _matrix(x), x.shape[-1], out.values.shape[-1]
     m = matrix.shape[0]
     how = fp4_as_e4m3_launch(m, k_out, hadamard) if fp4 else fp8_launch(m, k_out)
+    if columns is Columns.EXPERTS:  # which are put in order within a thread
+        how = replace(how, run=32, runs=how.runs // 2, read_runs=how.read_runs // 2)
     quantize_row[(m,)](
         matrix,
         out.values,
@@ -392,7 +393,7 @@ def _quantize_rows(
         RULE=rule.value,
         HADAMARD=hadamard or 1,
         FP4=fp4,
-        FRAGMENTS=fragments,
+        COLUMNS=columns.value,
         ONCE=not how.read_runs,
         PDL=pdl,
         num_warps=how.warps,

@@ -73,8 +73,9 @@ def gather(
 ) -> None:
     """The rows of tokens in the order of pairs, their columns as wgmma needs them for weights of `experts`.
 
-    rows: (m, k), bfloat16 or float8_e4m3fn, the last axis contiguous. out: (pairs, k padded to 32 or more), zero for columns
-    from k on; position p of it has column `experts.COLUMNS[p]` of each 32, E4M3 in the order of `weights.E4M3_ORDER` by 16.
+    rows: (m, k), bfloat16, the last axis contiguous. out: (pairs, k padded to 32 or more), zero for columns from k on; position
+    p of it has column `experts.COLUMNS[p]` of each 32.
+    Or rows and out: float8_e4m3fn, contiguous, of the same k, a multiple of 32, in the order `fp8_rows.Columns.EXPERTS`.
     scales: float32 (m), of the rows; out_scales: float32 (pairs). Both or neither.
     """
     pairs, k = positions.shape[0], rows.shape[1]
@@ -86,24 +87,28 @@ def gather(
         or pairs != rows.shape[0] * topk
     ):
         raise ValueError(f"{pairs} pairs of {tuple(rows.shape)} {rows.dtype} do not fit {tuple(out.shape)} {out.dtype}")
+    in_order = rows.dtype is torch.float8_e4m3fn
+    if in_order and not (out.shape[1] == k and rows.is_contiguous() and out.is_contiguous()):
+        raise ValueError(f"rows {tuple(rows.shape)} {rows.dtype} are not contiguous, or not padded to {out.shape[1]} columns")
     if pairs == 0:
         return
-    bits = torch.int16 if rows.element_size() == 2 else torch.uint8
+    bits = torch.int32 if in_order else torch.int16
+    rows, out = rows.view(bits), out.view(bits)
     columns = min(4096 // rows.element_size(), triton.next_power_of_2(out.shape[1]))
     _gather[(pairs, ceil(out.shape[1] / columns))](
-        rows.view(bits),
+        rows,
         positions,
-        out.view(bits),
+        out,
         positions if scales is None else scales,
         positions if out_scales is None else out_scales,
         rows.shape[0],
         topk,
-        k,
+        rows.shape[1],
         out.shape[1],
         rows.stride(0),
         out.stride(0),
         COLUMNS=columns,
-        BYTES=bits is torch.uint8,
+        IN_ORDER=in_order,
         HAS_SCALES=scales is not None,
         num_warps=4,
     )
@@ -196,22 +201,16 @@ def _gather(  # type: ignore[no-untyped-def]
     stride,
     out_stride,
     COLUMNS: tl.constexpr,
-    BYTES: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
     position = tl.program_id(0)
     # Positions of choices that were left out hold anything: no row that is read must lie outside.
     token = tl.minimum(tl.maximum(tl.load(positions + position) // topk, 0), m - 1)
     place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    # Columns of 32 are lane t's pair h of word j, the even or the odd one of a pair (e).
-    if BYTES:
-        # Each read where it stands. Not read 16 at a time and permuted as below: of bytes, which the lanes then exchange by
-        # shuffles, Triton 3.6 swaps e and h twice (seen in its PTX, and in wrong results on an H200).
-        j, sixteenth = place % 32 // 16, place % 16
-        column = place // 32 * 32 + 8 * (sixteenth // 4) + 4 * j + 2 * (sixteenth % 2) + sixteenth // 2 % 2
-        value = tl.load(rows + token.to(tl.int64) * stride + column, mask=column < k, other=0)
-    else:
-        value = tl.load(rows + token.to(tl.int64) * stride + place, mask=place < k, other=0)
+    value = tl.load(rows + token.to(tl.int64) * stride + place, mask=place < k, other=0)
+    if not IN_ORDER:
+        # Columns of 32 are lane t's pair h of word j, the even or the odd one of a pair (e).
         value = tl.permute(tl.reshape(value, (COLUMNS // 32, 4, 2, 2, 2)), (0, 2, 3, 1, 4))
         value = tl.reshape(value, (COLUMNS,))
     tl.store(out + position.to(tl.int64) * out_stride + place, value, mask=place < k_out)
@@ -242,8 +241,9 @@ def _combine(  # type: ignore[no-untyped-def]
     for slot in tl.static_range(TOPK):
         pair = token * TOPK + slot
         choice = tl.load(ids + pair)
-        # One comparison makes the mask: the interpreter of Triton 3.9 takes none that a scalar's was combined with.
-        counted = tl.where((choice >= 0) & (choice < experts), column, n)
-        value = tl.load(slots + pair * n + column, mask=counted < n, other=0.0)
+        # One comparison makes the mask: the interpreter of Triton 3.9 takes none that a scalar's was combined with. It is one
+        # with a number of columns, the same for 16 neighbours: so they are loaded together.
+        counted = tl.where((choice >= 0) & (choice < experts), n, 0)
+        value = tl.load(slots + pair * n + column, mask=column < counted, other=0.0)
         total += tl.load(weights + pair) * value.to(tl.float32)
     tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=column < n)

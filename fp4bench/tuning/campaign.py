@@ -157,5 +157,5 @@ def _end(process: Any) -> None:
 def _kernels_hash() -> str:
     """Of the sources: a launch that was measured with others is to be measured again."""
     folder = Path(fp4bench.kernels.__file__).parent
-    names = "configs decode fragments overlap prefill prefill_kernel prefill_launch slots unpack weights"
+    names = "configs decode fragments overlap prefill prefill_kernel prefill_launch slots streams unpack weights"
     return sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names.split())).hexdigest()[:16]

@@ -26,13 +26,21 @@ class Change:
 
 
 def refreshed(
-    device: Device, versions: Mapping[str, str], works: Iterable[Work], readings: Readings, current: Callable[[Work], Launch]
+    device: Device,
+    versions: Mapping[str, str],
+    works: Iterable[Work],
+    readings: Readings,
+    current: Callable[[Work], Launch],
+    before: Table | None = None,
 ) -> tuple[Table, list[Change]]:
-    """The table of a GPU with the best launch of each work that was measured, and what of it differs from `current`."""
+    """The table of a GPU with the best launch of each work that was measured, and what of it differs from `current`.
+
+    before: what the new one replaces where it is written, whose other entries it keeps; default the table that serves the GPU.
+    """
     assert device.capability is not None
     assert device.sm_count is not None
-    own = next((table.entries for table in tables_of(device) if table.gpu == device.name), ())
-    entries = {entry.work: entry for entry in own}
+    own = before or next((table for table in tables_of(device) if table.gpu == device.name), None)
+    entries = {entry.work: entry for entry in own.entries} if own else {}
     changes = []
     for work in works:
         measured, was = readings.careful(work), current(work)

@@ -112,3 +112,10 @@ def test_anew_forgets_an_unfinished_search(made_up, capsys):
     made_up.clear()
     assert main([*COMMAND, "--anew"]) == 0
     assert {work.m for work, _ in made_up} == {1, 8}
+
+
+def test_a_table_that_is_there_keeps_what_is_not_measured_anew(made_up, tmp_path, capsys):
+    for m in ("1", "8"):
+        assert main([*COMMAND[:4], m, *COMMAND[6:], "--output", str(tmp_path / "beside")]) == 0
+    table = configs.load(tmp_path / "beside" / "NVIDIA-Made-Up.json")
+    assert {entry.work.m for entry in table.entries} == {1, 8}

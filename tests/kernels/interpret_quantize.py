@@ -13,7 +13,9 @@ from torch.nn.functional import pad
 
 from fp4bench import quantize as eager
 from fp4bench.formats import FORMATS, MXFP4, NVFP4, ScaleRule, e2m1, layouts
+from fp4bench.kernels import experts
 from fp4bench.kernels import quantize as fused
+from fp4bench.kernels.fp8_rows import Columns
 from fp4bench.kernels.weights import E4M3_ORDER
 
 ROTATIONS = (None, 16, 32, 64, 128)
@@ -113,6 +115,12 @@ def in_fragment_order(values):
     return padded.unflatten(-1, (-1, 16))[..., list(E4M3_ORDER)].flatten(-2)
 
 
+def in_order_of_experts(values):
+    padded = pad(raw(values), (0, -values.shape[-1] % 64))
+    of_32 = padded.unflatten(-1, (-1, 32))[..., list(experts.COLUMNS)]
+    return of_32.unflatten(-1, (2, 16))[..., list(E4M3_ORDER)].flatten(-3)
+
+
 def check_fp8_rows():
     """Also rows whose scale is float32's smallest normal number, near its largest, infinite and NaN."""
     powers = torch.tensor([0, -120, 120, -140, 10, 0, 0, -63, -20])
@@ -125,8 +133,9 @@ def check_fp8_rows():
             assert torch.equal(got.scales.nan_to_num(7.0), want.scales.nan_to_num(7.0))
             assert_same_e4m3(got.values, want.values)
             numbers = ~want.scales[:, 0].isnan()
-            got = fused.quantize_fp8_rows(x, fragments=True)
-            assert_same_e4m3(got.values[numbers], in_fragment_order(want.values)[numbers])
+            for columns, in_order in ((Columns.FRAGMENTS, in_fragment_order), (Columns.EXPERTS, in_order_of_experts)):
+                got = fused.quantize_fp8_rows(x, columns=columns)
+                assert_same_e4m3(got.values[numbers], in_order(want.values)[numbers])
             wide = eager.RowQuantized(torch.empty(9, k + 7, dtype=torch.float8_e4m3fn), torch.empty(9, 1))
             got = fused.quantize_fp8_rows(x, out=wide)
             assert_same_e4m3(got.values[numbers, :k], want.values[numbers])

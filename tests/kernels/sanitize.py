@@ -23,6 +23,7 @@ from fp4bench.kernels import gemm, ops
 from fp4bench.kernels import quantize as fused
 from fp4bench.kernels.configs import Launch
 from fp4bench.kernels.decode import DecodeConfig
+from fp4bench.kernels.fp8_rows import Columns
 from fp4bench.kernels.prefill_launch import PrefillConfig
 from fp4bench.problems import W4A4, W4A8, W4A16, GemmProblem, Mode, MoeProblem
 from fp4bench.providers.triton_moe import prepare_moe
@@ -128,8 +129,8 @@ def run_quantization(m: int, k: int) -> str:
             _same(got.scales, want.scales, hadamard)
             _same(blocked.scales, layouts.to_blocked(want.scales), hadamard)
             _same(got.codes, want.codes, hadamard)
-    for fragments in (False, True):
-        rows = fused.quantize_fp8_rows(on_gpu, fragments=fragments)
+    for columns in Columns:
+        rows = fused.quantize_fp8_rows(on_gpu, columns=columns)
         _same(rows.scales, quantize_fp8_rows(x).scales, None)
     fused.fp4_as_e4m3(on_gpu, hadamard=64)
     return "to FP4, images of FP4, and FP8 rows"

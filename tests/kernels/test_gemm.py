@@ -10,6 +10,7 @@ from fp4bench.devices import Device, find_device  # noqa: E402
 from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
 from fp4bench.kernels import decode, gemm, prefill, weights  # noqa: E402
 from fp4bench.kernels import quantize as quantizers  # noqa: E402
+from fp4bench.kernels.fp8_rows import Columns  # noqa: E402
 from fp4bench.kernels.prefill_launch import PrefillConfig  # noqa: E402
 from fp4bench.problems import CUT_FP8_SUMS, W4A4, W4A4_NOQUANT, W4A8, W4A16, GemmProblem  # noqa: E402
 from fp4bench.quantize import decode as values_of  # noqa: E402
@@ -60,9 +61,9 @@ def calls(monkeypatch):
         called.append("decode")
         product(x, weight, out, None, alpha, bias)
 
-    def fp8_rows(x, *, fragments, out, pdl):
+    def fp8_rows(x, *, columns, out, pdl):
         rows = quantize_fp8_rows(x)
-        assert fragments
+        assert columns is Columns.FRAGMENTS
         out.values.copy_(in_fragment_order(rows.values))
         out.scales.copy_(rows.scales)
 

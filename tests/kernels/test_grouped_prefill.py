@@ -27,7 +27,7 @@ def compiled(form, fmt, config, activation):
         "x_tiles": described(element, dtype, [min(config.columns, grouped_prefill._BOX), config.depth], 128),
         "words": described("i32", torch.int32, [tiles, 128 * units], 0),
         "scales": described("i32", torch.int32, [tiles, per_unit * units], 0),
-        "out": "*bf16" if activation else "*fp32",
+        "out": "*bf16",
         **dict.fromkeys(("row_scale", "x_scale", "bias"), "*fp32"),
         **dict.fromkeys(("positions", "blocks"), "*i32"),
         **dict.fromkeys(("columns", "tiles", "n_tiles", "steps", "out_stride"), "i32"),
@@ -44,6 +44,7 @@ def compiled(form, fmt, config, activation):
         "HAS_X_SCALE": form == "e4m3",
         "HAS_BIAS": True,
         "ACTIVATION": activation,
+        "WHOLE": True,
         "REGISTERS": config.consumer_registers,
     }
     return compile_gluon(grouped_prefill._kernel, types, constants, warps=4, maxnreg=config.registers)
@@ -72,6 +73,8 @@ def test_it_compiles_to_wgmma_of_each_width_with_weights_in_registers(form, fmt,
     # For blocks of up to 16, 32, 64 pairs; the left operand is a list of registers, not a descriptor.
     assert set(products) == {(width, "{") for width in ("16", "32", "64", "128") if int(width) <= config.columns}
     assert "cp.async.bulk.tensor" in binary.asm["ptx"]
+    # Rows of 7168 and 2048 columns are stored 16 bytes at a time: 2 bytes at a time took most of a product of k = 256.
+    assert set(re.findall(r"st\.global\S*", binary.asm["ptx"])) == {"st.global.v4.b32"}
     assert binary.metadata.shared <= 227 * 1024
     _, stack = resources(binary, tmp_path)
     assert stack == 0

@@ -69,7 +69,7 @@ def tiles(hadamard, capability, fmt=MXFP4, pdl=False):
 def rows(how, pdl=False):
     types = {"x": "*bf16", "values": "*fp8e4nv", "scales": "*fp32", "k": "i32", "stride": "i32", "k_out": "i32"}
     constants = {"RUNS": how.runs, "READ_RUNS": how.read_runs, "RUN": how.run, "ONCE": not how.read_runs, "PDL": pdl}
-    constants |= {"WIDTH": 8, "WHOLE": True, "BLOCK": 32, "RULE": "floor", "HADAMARD": 1, "FP4": False, "FRAGMENTS": True}
+    constants |= {"WIDTH": 8, "WHOLE": True, "BLOCK": 32, "RULE": "floor", "HADAMARD": 1, "FP4": False, "COLUMNS": "fragments"}
     return compiled(fp8_rows.quantize_row, types, constants, how.warps, 90)
 
 

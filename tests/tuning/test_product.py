@@ -12,6 +12,7 @@ from fp4bench.devices import Device
 from fp4bench.kernels import weights
 from fp4bench.kernels.configs import Work
 from fp4bench.kernels.decode import DecodeConfig
+from fp4bench.kernels.fp8_rows import Columns
 from fp4bench.kernels.prefill_launch import PrefillConfig
 from fp4bench.timing.clock import Measurement
 from fp4bench.tuning import product
@@ -52,10 +53,10 @@ class Clock:
         return Measurement((2e-6, 1e-6, 3e-6), 3, "made up", "cold")
 
 
-def fp8_rows(x, fragments=False):
+def fp8_rows(x, columns=Columns.NATURAL):
     rows = eager.quantize_fp8_rows(x)
     values = rows.values.float().unflatten(-1, (-1, 16))
-    values = values[..., list(weights.E4M3_ORDER)] if fragments else values
+    values = values[..., list(weights.E4M3_ORDER)] if columns is Columns.FRAGMENTS else values
     return eager.RowQuantized(values.flatten(-2).to(torch.float8_e4m3fn), rows.scales)
 
 
