@@ -8,6 +8,11 @@ A block of no more than 16 or 32 pairs is multiplied as one of 16 or 32.
 CTAs are persistent and take tiles in turn, those of a block one after another: its rows, and the weights of an expert with
 several blocks, are in the L2 the next time.
 
+Results are transposed in shared memory and stored 16 bytes at a time, for which Triton must see that neighbours are stored
+together or not at all. Stored 2 bytes at a time, as they were, the second product of DeepSeek-R1 at TP 8 and m = 2048 in w4a8
+took 483 us (NVIDIA H200, `baselines/NVIDIA-H200/moe/2026-11-28_deepseek-r1-tp8.json`), now 210 of a slower NVIDIA H100
+(`baselines/NVIDIA-H100-80GB-HBM3/moe/2026-11-28_deepseek-r1-tp8.json`).
+
 Rows come from shared memory in the order of the fragments, so columns of x are in the order that the weights have them in
 (`experts.COLUMNS`): `routing.gather` brings them into it, and the first product leaves its results in it for the second.
 """

@@ -105,7 +105,7 @@ class Workspace:
 # The most pairs an expert, on average, for which wgmma multiplies blocks of so many columns. Blocks of 128 do not pay at 64
 # pairs: both products of DeepSeek-R1 at m = 2048 in w4a16 3708 us in blocks of 64, 4151 in blocks of 128; in w4a8 2636 and
 # 2624, of gpt-oss-120b 805 and 843. These figures and those below: NVIDIA H200,
-# baselines/NVIDIA-H200/moe/2026-11-27_launches.jsonl.
+# baselines/NVIDIA-H200/moe/2026-11-27_launches.jsonl, of products that stored 2 bytes at a time (`grouped_prefill`).
 _MEAN_OF_WIDE = ((80, 64), (float("inf"), 128))
 _MEAN_OF_WIDE_FP8 = ((12, 16), (24, 32), *_MEAN_OF_WIDE)
 
