@@ -8,7 +8,7 @@
 | of `prefill` | `prefill_launch`: its tiles and schedule; `prefill_kernel`: its device code |
 | products of experts | `routing`; `grouped` for few rows each, `grouped_short` where k is short, `grouped_prefill` for many |
 | quantization | `mxfp4_lanes`, `nvfp4_lanes` on Hopper, `fp4_tiles` anywhere, `fp8_rows` |
-| shared by products | `fragments`, `unpack`: a weight's bits to registers; `slots`: a few rows of x through shared memory |
+| shared by products | `streams`: a weight from memory; `fragments`, `unpack`: its bits to registers; `slots`: a few rows of x |
 | shared by all | `overlap`: with the kernels before and after |
 | shared by quantization | `lanes`, `fp4_text`, `runs`, `rounding` |
 
