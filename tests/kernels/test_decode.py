@@ -221,6 +221,8 @@ def test_it_compiles_to_mma_on_16_byte_loads_without_spills(variant, tmp_path):
     # Weights first, then the wait for the kernel before, then x.
     before, _, after = text.partition("griddepcontrol.wait")
     assert len(re.findall(r"ld\.global\S*\.v4\.b32", before)) == variant["tiles"] * variant.get("DEPTH", 1)
+    # Words and scales with the rest of their lines; x, which comes from the L2, without.
+    assert before.count("L2::128B") == 2 * variant["tiles"] * variant.get("DEPTH", 1) == before.count("ld.global")
     assert "mma.sync" not in before
     assert "mma.sync" in after
     # No shared memory before the sums meet.
@@ -232,6 +234,14 @@ def test_it_compiles_to_mma_on_16_byte_loads_without_spills(variant, tmp_path):
     scaled = re.findall(r"HMUL2.*;", dumped(binary, "-sass", tmp_path))
     assert len(scaled) >= 16 * variant["tiles"]
     assert all("H0_H0" in one or "H1_H1" in one for one in scaled)
+
+
+def test_units_that_are_not_there_are_not_loaded():
+    text = compiled(k=8192 + 64).asm["ptx"]
+    loads = re.findall(r"(@p )?ld\.global\S*L2::128B", text)
+    assert loads
+    assert all(loads)
+    assert not any(re.findall(r"(@p )?ld\.global\S*L2::128B", compiled().asm["ptx"]))
 
 
 def shipped():
