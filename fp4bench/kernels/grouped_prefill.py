@@ -341,34 +341,16 @@ def _tile(
     y = _waited(sums, 0, MORE)
     release(barriers, count, STAGES)
     expert, first, pairs, at_n, columns, tiles, out_stride = place
-    _store(
-        y[0],
-        pointers,
-        place,
-        limits,
-        WARPGROUP,
-        WARPGROUPS,
-        ROWS,
-        COLUMNS,
-        SUMS,
-        FORM,
-        HAS_X_SCALE,
-        HAS_BIAS,
-        ACTIVATION,
-        WHOLE,
-    )
-    if MORE > 0:
-        place = (expert, first + COLUMNS, pairs - COLUMNS, at_n, columns, tiles, out_stride)
+    for i in gl.static_range(len(y)):
         _store(
-            y[1],
+            y[i],
             pointers,
-            place,
+            (expert, first + i * COLUMNS, pairs - i * COLUMNS, at_n, columns, tiles, out_stride),
             limits,
             WARPGROUP,
             WARPGROUPS,
             ROWS,
-            MORE,
-            SUMS_OF_MORE,
+            MORE if i else COLUMNS,
             FORM,
             HAS_X_SCALE,
             HAS_BIAS,
@@ -387,7 +369,6 @@ def _store(
     WARPGROUPS: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
-    SUMS: gl.constexpr,
     FORM: gl.constexpr,
     HAS_X_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -395,6 +376,7 @@ def _store(
     WHOLE: gl.constexpr,
 ):
     """The epilogue in float32, then y^T in rows."""
+    SUMS: gl.constexpr = _sums_layout(COLUMNS, FORM)
     out, row_scale, x_scale, bias, positions = pointers
     expert, first, pairs, at_n, columns, tiles, out_stride = place
     alpha, limit = limits
