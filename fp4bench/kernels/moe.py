@@ -89,7 +89,8 @@ class Workspace:
 
     positions, blocks: as in `routing`. hidden: (pairs, i padded to 64), zeros beyond i. slots: (pairs, hidden).
     rows: x (pairs, hidden padded to 64), for `grouped_prefill`, columns of it and of hidden in the order of `routing.gather`.
-    In w4a8 it is E4M3 with `scales`, from `quantized` (m), and so is `hidden_quantized`.
+    In w4a8 it is E4M3 with `scales`, from `quantized` (m), whose columns are in that order and padded too; and so is
+    `hidden_quantized`.
     """
 
     positions: torch.Tensor

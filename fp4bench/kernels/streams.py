@@ -3,7 +3,8 @@
 The L2 is asked for the whole 128 bytes around what is read (`.level::prefetch_size` of the PTX ISA's ld): a warp's scales of a
 unit are 32 or 64 bytes, and the rest of their line is what the warps beside it read. Llama-3.3-70B at m = 1, microseconds on an
 NVIDIA H200 (`baselines/NVIDIA-H200/kernels/2026-11-28_decode-prefetch-trial.jsonl`), without it and with it: NVFP4's down 35.4
-and 34.5, gate_up 66.7 and 64.7; MXFP4's 32.5 and 31.9, 61.7 and 60.8. Of 256 bytes: 35.0, 67.6; 32.3, 63.1.
+and 34.5, gate_up 66.7 and 64.7; MXFP4's 32.5 and 31.9, 61.7 and 60.8. Of 256 bytes: 35.0, 67.6; 32.3, 63.1. It can cost
+registers: NVFP4's gate_up by slots has 78 instead of 72, and took 81.1 instead of 66.4; it is shipped without slots.
 """
 
 from triton.experimental import gluon
