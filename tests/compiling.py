@@ -1,4 +1,4 @@
-"""Gluon kernels compiled for a GPU that need not be there, and what their binaries say of registers and stack."""
+"""Kernels compiled for a GPU that need not be there, and what their binaries say of registers and stack."""
 
 import os
 import re
@@ -19,6 +19,21 @@ def compile_gluon(kernel, types, constants, *, warps, capability=90, **options):
         signature=types | dict.fromkeys(constants, "constexpr"),
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **options})
+
+
+def compile_triton(kernel, types, constants, aligned, *, warps, capability=90, **options):
+    """`kernel`, whose arguments named in `aligned` are multiples of 16. types: of its arguments that are no constants."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        constants,
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **options})
 

@@ -16,6 +16,8 @@ from fp4bench.formats import FORMATS, MXFP4, NVFP4, ScaleRule, layouts
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
+from compiling import compile_triton  # noqa: E402
+
 from fp4bench.kernels import fp4_tiles, fp8_rows  # noqa: E402
 from fp4bench.kernels import quantize as fused  # noqa: E402
 
@@ -36,19 +38,9 @@ def test_interpreted_it_has_the_bits_of_the_eager_truth():
 
 def compiled(kernel, types, constants, warps, capability):
     """A kernel for a GPU that need not be there, with arguments that are multiples of 16 as those of real layers are."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = [parameter.name for parameter in kernel.params]
     aligned = [name for name in types if types[name].startswith("*") or name in ("k", "stride", "k_padded", "k_out")]
-    source = ASTSource(
-        kernel,
-        {name: types.get(name, "constexpr") for name in names},
-        constants,
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    options = {"capability": capability, "enable_fp_fusion": False}
+    return compile_triton(kernel, types, constants, aligned, warps=warps, **options).asm["ptx"]
 
 
 def tiles(hadamard, capability, fmt=MXFP4, pdl=False):

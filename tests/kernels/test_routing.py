@@ -1,6 +1,7 @@
 """Routing and the weighted sum: interpreted, against lists; and what their arguments must be."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="needs Triton")
+
+from compiling import compile_triton  # noqa: E402
 
 from fp4bench.kernels import routing  # noqa: E402
 from fp4bench.kernels.experts import COLUMNS  # noqa: E402
@@ -55,6 +58,28 @@ def test_arguments_that_do_not_fit_are_refused():
     rows = torch.zeros(4, 6).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="not padded to 32 columns"):
         routing.gather(rows, positions, 2, torch.zeros(8, 32).to(rows.dtype))
+
+
+def test_rows_are_combined_and_gathered_16_bytes_at_a_time():
+    """Where columns are a multiple of 16 as in real models; rows and slots, that is: choices and scales are single numbers."""
+    types = {
+        "slots": "*bf16",
+        "ids": "*i32",
+        "weights": "*fp32",
+        "out": "*bf16",
+        "n": "i32",
+        "experts": "i32",
+        "out_stride": "i32",
+    }
+    constants = {"TOPK": 8, "COLUMNS": 1024, "PDL": False}
+    ptx = compile_triton(routing._combine, types, constants, set(types) - {"experts"}, warps=4).asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") == 8
+    assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v4.b32"}
+    types = dict.fromkeys(("rows", "positions", "out"), "*i32") | dict.fromkeys(("scales", "out_scales"), "*fp32")
+    types |= dict.fromkeys(("m", "topk", "k", "k_out", "stride", "out_stride"), "i32")
+    constants = {"COLUMNS": 1024, "IN_ORDER": True, "HAS_SCALES": False}
+    ptx = compile_triton(routing._gather, types, constants, set(types) - {"m", "topk"}, warps=4).asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") == ptx.count("st.global.v4.b32") == ptx.count("st.global") == 2
 
 
 @pytest.mark.gpu
