@@ -455,11 +455,13 @@ def _load_unit(
     """
     MASKED: gl.constexpr = UNITS % WARPS != 0
     inside = step * WARPS + warp < UNITS
+    scales = ()  # type: ignore[var-annotated]
+    for tile in gl.static_range(TILES):
+        scales = scales + (streams.load_scales(scales_at + tile * (UNITS * 8) + step * (WARPS * 8), inside, MASKED),)
     unit = ()  # type: ignore[var-annotated]
     for tile in gl.static_range(TILES):
         w = streams.load_words(words_at + tile * (UNITS * 128) + step * (WARPS * 128), inside, MASKED)
-        s = streams.load_scales(scales_at + tile * (UNITS * 8) + step * (WARPS * 8), inside, MASKED)
-        unit = unit + (w, s)
+        unit = unit + (w, scales[tile])
     return unit
 
 

@@ -40,7 +40,7 @@ def load_words(at, inside, MASKED: gl.constexpr):  # type: ignore[no-untyped-def
     if MASKED:
         operands = operands + (inside.to(gl.int32)[:, None] + gl.zeros_like(at.to(gl.int64)).to(gl.int32),)
     return gl.inline_asm_elementwise(
-        _load(4, 32, ".L1::evict_first", MASKED), _registers(4, 32, MASKED), operands, dtype=gl.int32, is_pure=True, pack=4
+        _load(4, 32, ".L1::no_allocate", MASKED), _registers(4, 32, MASKED), operands, dtype=gl.int32, is_pure=True, pack=4
     )
 
 
