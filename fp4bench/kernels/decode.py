@@ -28,6 +28,10 @@ NVFP4's, which spilled then, 18.6 instead of 18.3). Where nothing but the words 
 MXFP4's scales add 2.4, their share of the bytes is 2.6, NVFP4's 6.5 where 5.2 is their share; on an H200 4.8 where 3.9 is.
 Registers decide more: at 78 instead of 72 gate_up has six CTAs an SM where it needs 6.8, and takes 102 us, not 87 (H100; it has
 72 since `slots.ask` steps from one address).
+
+Scales asked for before the words of their unit, and words past L1 (`streams`): on an H200 MXFP4's down takes 31.0 us instead of
+32.0, o 10.3 instead of 10.7, NVFP4's down 34.5 instead of 35.0 and qkv at m = 16 15.6 instead of 16.1
+(`2026-11-28_decode-order-trial.jsonl`). In float16 MXFP4's qkv has no registers for that order: 8 bytes would be spilled.
 """
 
 from dataclasses import dataclass
@@ -347,7 +351,7 @@ def _through_slots(
     warp = thread // 32
     queue = ()  # type: ignore[var-annotated]
     for step in gl.static_range(DEPTH):
-        queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES)
+        queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES, not HALF)
     # Everything above is the weight's. x may still be written by the kernel before.
     gl.inline_asm_elementwise(BEGIN, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
     start = slots.first(warp, SLOTS, COLUMNS)
@@ -360,7 +364,7 @@ def _through_slots(
             b = slots.take(slot, thread, SLOTS - 1, COLUMNS, FOUR)
             slots.ask(slot, x, turn + i + SLOTS, thread, m, x_stride, UNITS, WARPS, COLUMNS)
             acc = _multiply(queue, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
-            queue = queue[2 * TILES :] + _load_unit(words_at, scales_at, turn + i + DEPTH, warp, UNITS, WARPS, TILES)
+            queue = queue[2 * TILES :] + _load_unit(words_at, scales_at, turn + i + DEPTH, warp, UNITS, WARPS, TILES, not HALF)
             slot = slots.following(slot, start, SLOTS, COLUMNS)
     LAST: gl.constexpr = STEPS - LOOP
     for i in gl.static_range(LAST):
@@ -370,7 +374,7 @@ def _through_slots(
         acc = _multiply(queue, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
         queue = queue[2 * TILES :]
         if i + DEPTH < LAST:
-            queue = queue + _load_unit(words_at, scales_at, LOOP + i + DEPTH, warp, UNITS, WARPS, TILES)
+            queue = queue + _load_unit(words_at, scales_at, LOOP + i + DEPTH, warp, UNITS, WARPS, TILES, not HALF)
         slot = slots.following(slot, start, SLOTS, COLUMNS)
     slots.drain(thread)
     return acc
@@ -405,7 +409,7 @@ def _through_registers(
     # The next DEPTH units: words and scales of each tile. A queue, whose every turn the loop unrolls.
     queue = ()  # type: ignore[var-annotated]
     for step in gl.static_range(DEPTH):
-        queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES)
+        queue = queue + _load_unit(words_at, scales_at, step, warp, UNITS, WARPS, TILES, not HALF)
     # Everything above is the weight's. x may still be written by the kernel before.
     gl.inline_asm_elementwise(BEGIN, "=r,r,~{memory}", [thread], dtype=gl.int32, is_pure=False, pack=1)
     b = _load_x(x, 0, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR)
@@ -417,7 +421,7 @@ def _through_registers(
                     x, start + i + 1, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR
                 )
             acc = _multiply(queue, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
-            queue = queue[2 * TILES :] + _load_unit(words_at, scales_at, start + i + DEPTH, warp, UNITS, WARPS, TILES)
+            queue = queue[2 * TILES :] + _load_unit(words_at, scales_at, start + i + DEPTH, warp, UNITS, WARPS, TILES, not HALF)
             if not AHEAD:
                 next_b = _load_x(
                     x, start + i + 1, thread, m, k, x_stride, UNITS, WARPS, COLUMNS, ALL_COLUMNS, PAIRS, EXCHANGE, FOUR
@@ -429,7 +433,7 @@ def _through_registers(
         acc = _multiply(queue, b, acc, TILES, COLUMNS, TWO_LEVEL, HALF)
         queue = queue[2 * TILES :]
         if i + DEPTH < STEPS - LOOP:
-            queue = queue + _load_unit(words_at, scales_at, LOOP + i + DEPTH, warp, UNITS, WARPS, TILES)
+            queue = queue + _load_unit(words_at, scales_at, LOOP + i + DEPTH, warp, UNITS, WARPS, TILES, not HALF)
         if i + 1 < STEPS - LOOP:
             if not AHEAD:
                 next_b = _load_x(
@@ -448,19 +452,23 @@ def _load_unit(
     UNITS: gl.constexpr,
     WARPS: gl.constexpr,
     TILES: gl.constexpr,
+    SCALES_FIRST: gl.constexpr,
 ):  # type: ignore[no-untyped-def]
     """A unit of each tile: int32 [threads, 4], the lane's words, and int32 or int64 [threads], the scales of rows g and g + 8.
 
-    Beyond the last unit zeros.
+    Beyond the last unit zeros. SCALES_FIRST: all tiles' scales are asked for before their words.
     """
     MASKED: gl.constexpr = UNITS % WARPS != 0
     inside = step * WARPS + warp < UNITS
     scales = ()  # type: ignore[var-annotated]
-    for tile in gl.static_range(TILES):
-        scales = scales + (streams.load_scales(scales_at + tile * (UNITS * 8) + step * (WARPS * 8), inside, MASKED),)
+    if SCALES_FIRST:
+        for tile in gl.static_range(TILES):
+            scales = scales + (streams.load_scales(scales_at + tile * (UNITS * 8) + step * (WARPS * 8), inside, MASKED),)
     unit = ()  # type: ignore[var-annotated]
     for tile in gl.static_range(TILES):
         w = streams.load_words(words_at + tile * (UNITS * 128) + step * (WARPS * 128), inside, MASKED)
+        if not SCALES_FIRST:
+            scales = scales + (streams.load_scales(scales_at + tile * (UNITS * 8) + step * (WARPS * 8), inside, MASKED),)
         unit = unit + (w, scales[tile])
     return unit
 

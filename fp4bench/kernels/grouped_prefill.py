@@ -10,8 +10,8 @@ several blocks, are in the L2 the next time.
 
 Results are transposed in shared memory and stored 16 bytes at a time, for which Triton must see that neighbours are stored
 together or not at all. Stored 2 bytes at a time, as they were, the second product of DeepSeek-R1 at TP 8 and m = 2048 in w4a8
-took 483 us (NVIDIA H200, `baselines/NVIDIA-H200/moe/2026-11-28_deepseek-r1-tp8.json`), now 210 of a slower NVIDIA H100
-(`baselines/NVIDIA-H100-80GB-HBM3/moe/2026-11-28_deepseek-r1-tp8.json`).
+took 483 us, now 185 (two NVIDIA H200s, `2026-11-28_deepseek-r1-tp8.json` and `2026-11-28_deepseek-r1-tp8-2.json` in
+`baselines/NVIDIA-H200/moe/`).
 
 Rows come from shared memory in the order of the fragments, so columns of x are in the order that the weights have them in
 (`experts.COLUMNS`): `routing.gather` brings them into it, and the first product leaves its results in it for the second.

@@ -5,6 +5,9 @@ unit are 32 or 64 bytes, and the rest of their line is what the warps beside it 
 NVIDIA H200 (`baselines/NVIDIA-H200/kernels/2026-11-28_decode-prefetch-trial.jsonl`), without it and with it: NVFP4's down 35.4
 and 34.5, gate_up 66.7 and 64.7; MXFP4's 32.5 and 31.9, 61.7 and 60.8. Of 256 bytes: 35.0, 67.6; 32.3, 63.1. It can cost
 registers: NVFP4's gate_up by slots has 78 instead of 72, and took 81.1 instead of 66.4; it is shipped without slots.
+
+Words do not enter L1 (`.L1::no_allocate`), where each would be read once: with `.L1::evict_first` down takes 31.5 us instead of
+31.0, NVFP4's 35.0 instead of 34.5 (`2026-11-28_decode-order-trial.jsonl`).
 """
 
 from triton.experimental import gluon

@@ -132,8 +132,8 @@ class Telemetry:
     def machine_facts(self) -> dict[str, Any]:
         """What identifies the GPU's abilities for comparisons: driver, board, highest clocks (MHz) and power limit (W).
 
-        The board's firmware and part number, for eager products take 1.2 % less on some H200s than on others, and nothing else
-        tells which.
+        The board's firmware and part number: eager products take 1.2 % less on H200s of part number 692-2G520-0282-001 than on
+        those of -000 (baselines/README.md), and nothing else that a driver says tells which.
         """
         return {
             "driver": self._text(self._answer("nvmlSystemGetDriverVersion")),

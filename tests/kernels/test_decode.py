@@ -223,6 +223,11 @@ def test_it_compiles_to_mma_on_16_byte_loads_without_spills(variant, tmp_path):
     assert len(re.findall(r"ld\.global\S*\.v4\.b32", before)) == variant["tiles"] * variant.get("DEPTH", 1)
     # Words and scales with the rest of their lines; x, which comes from the L2, without.
     assert before.count("L2::128B") == 2 * variant["tiles"] * variant.get("DEPTH", 1) == before.count("ld.global")
+    # A unit's words past L1, behind all of its scales; in float16 beside them, for want of registers.
+    loads = ["words" if ".v4" in one else "scales" for one in re.findall(r"ld\.global(\S*)", before)]
+    unit = ["scales"] * variant["tiles"] + ["words"] * variant["tiles"]
+    assert loads == (["words", "scales"] * variant["tiles"] if kind == "f16" else unit * variant.get("DEPTH", 1))
+    assert len(re.findall(r"ld\.global\.L1::no_allocate\.L2::128B\.v4\.b32", before)) == loads.count("words")
     assert "mma.sync" not in before
     assert "mma.sync" in after
     # No shared memory before the sums meet.
