@@ -7,18 +7,22 @@ import subprocess
 import triton
 
 
-def compile_gluon(kernel, types, constants, *, warps, capability=90, **options):
-    """`kernel` for pointers and strides that are multiples of 16. types: of its arguments that are no constants."""
+def compile_gluon(kernel, types, constants, *, warps, capability=90, aligned=None, **options):
+    """`kernel`, where multiples of 16 are the arguments in `aligned`, by default pointers and strides.
+
+    types: of its arguments that are no constants.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     names = kernel.arg_names
-    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*") or "stride" in name]
+    if aligned is None:
+        aligned = {name for name in names if types.get(name, "").startswith("*") or "stride" in name}
     source = GluonASTSource(
         fn=kernel,
-        signature=types | dict.fromkeys(constants, "constexpr"),
+        signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(aligned)},
     )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **options})
 

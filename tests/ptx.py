@@ -54,7 +54,7 @@ def _execute(opcode, names, read, write):
         return
     target, *sources = names
     values = [read(name) for name in sources]
-    write(target, _INSTRUCTIONS[opcode](*values))
+    write(target, INSTRUCTIONS[opcode](*values))
 
 
 def _move_halves(target, source, read, write):
@@ -139,7 +139,7 @@ def _float32(compute):
 
 def _prmt(a, b, selector):
     source = (b.astype(np.uint64) << np.uint64(32)) | a
-    out = np.zeros(32, dtype=np.uint32)
+    out = np.zeros_like(a)
     for i in range(4):
         nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
         assert (nibble < 8).all(), "sign replication is not emulated"
@@ -149,7 +149,7 @@ def _prmt(a, b, selector):
 
 
 def _lop3(a, b, c, table):
-    out = np.zeros(32, dtype=np.uint32)
+    out = np.zeros_like(a)
     for index in range(8):
         if int(table[0]) >> index & 1:
             out |= (a if index & 4 else ~a) & (b if index & 2 else ~b) & (c if index & 1 else ~c)
@@ -164,10 +164,10 @@ def _shuffle(value, mask, clamp, members):
 
 def _funnel_right(low, high, shift):
     both = (high.astype(np.uint64) << np.uint64(32)) | low
-    return (both >> shift.astype(np.uint64)).astype(np.uint32)
+    return (both >> (shift & np.uint32(31)).astype(np.uint64)).astype(np.uint32)
 
 
-_INSTRUCTIONS = {
+INSTRUCTIONS = {
     "bfe.u32": lambda a, start, size: (a >> start) & (np.uint32(1) << size) - np.uint32(1),
     "mad.lo.u32": lambda a, b, c: (a.astype(np.uint64) * b + c).astype(np.uint32),
     "shl.b32": lambda a, n: (a << n).astype(np.uint32),

@@ -1,5 +1,5 @@
 """The products of a MoE layer for few tokens an expert. Their assembly runs here, in numpy (`ptx`), against decoded weights;
-the kernel around it is compiled and read. What the whole computes is tested on a GPU only, in test_moe.py."""
+the kernel around it is compiled and read. What the whole computes is tested in test_moe.py."""
 
 import re
 

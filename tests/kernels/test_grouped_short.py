@@ -1,5 +1,5 @@
 """The second product of a MoE layer where k is short: compiled and read. Its assembly is `grouped`'s, run in numpy in
-test_grouped.py; what the whole computes is tested on a GPU, in test_moe.py."""
+test_grouped.py; what the whole computes is tested in test_moe.py."""
 
 import re
 

@@ -1,12 +1,14 @@
-"""A layer of experts: its parts' shapes, and on a GPU its results at routings of every kind."""
+"""A layer of experts: its parts' shapes, and its results at routings of every kind, on a GPU and from the kernels' PTX."""
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
+from emulating import devices  # noqa: E402
+
 from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
-from fp4bench.kernels import moe  # noqa: E402
+from fp4bench.kernels import grouped, grouped_short, moe, routing  # noqa: E402
 from fp4bench.kernels.experts import COLUMNS, prepare_experts  # noqa: E402
 from fp4bench.kernels.grouped import GroupedConfig  # noqa: E402
 from fp4bench.kernels.grouped_short import ShortConfig  # noqa: E402
@@ -135,7 +137,7 @@ def routed(kind, m, topk, experts):
     ids = torch.stack([torch.randperm(pool, generator=generator)[:topk] for _ in range(m)]).int()
     if kind == "hot":
         ids[:, 0] = experts - 1
-    return ids.cuda()
+    return ids
 
 
 def wide(columns, depth=64, rows=128, stages=4, warpgroups=2, ctas=1):
@@ -172,12 +174,19 @@ LAYERS = [
 ]
 
 
-def check_on_gpu(configs, experts, hidden, intermediate, topk, activation, with_bias, fmt, *, fp8=False):
+# Tokens and how they are routed.
+ROUTINGS = {
+    "cuda": ((1, "any"), (5, "any"), (40, "any"), (40, "hot"), (40, "few"), (300, "any")),
+    "cpu": ((5, "any"), (17, "hot")),
+}
+
+
+def check(configs, experts, hidden, intermediate, topk, activation, with_bias, fmt, device, *, fp8=False):
     operand = torch.float8_e4m3fn if fp8 else torch.bfloat16
-    layer, decoded, biases = layer_of(experts, hidden, intermediate, fmt, activation, with_bias, "cuda", operand)
-    for m, kind in ((1, "any"), (5, "any"), (40, "any"), (40, "hot"), (40, "few"), (300, "any")):
-        x = randn(m, hidden, seed=3).bfloat16().cuda()
-        ids, weights = routed(kind, m, topk, experts), torch.rand(m, topk, device="cuda")
+    layer, decoded, biases = layer_of(experts, hidden, intermediate, fmt, activation, with_bias, device, operand)
+    for m, kind in ROUTINGS[device]:
+        x = randn(m, hidden, seed=3).bfloat16().to(device)
+        ids, weights = routed(kind, m, topk, experts).to(device), torch.rand(m, topk, device=device)
         want = exact(x, ids, weights, decoded, biases, activation, fp8)
         for config in configs:
             space = moe.workspace(m, topk, layer, config, fp8=fp8)
@@ -187,24 +196,32 @@ def check_on_gpu(configs, experts, hidden, intermediate, topk, activation, with_
                 torch.tensor(COLUMNS).repeat(space.hidden.shape[1] // 32) + torch.arange(space.hidden.shape[1]) // 32 * 32
             )
             written = of_column if config.is_wide else torch.arange(space.hidden.shape[1])
-            space.hidden[:, (written < intermediate).cuda()] = torch.nan
+            space.hidden[:, (written < intermediate).to(device)] = torch.nan
             outs = []
-            for pdl in (False, True, True):
+            for pdl in (False, True, True) if device == "cuda" else (True,):
                 out = torch.full_like(x, torch.nan)
                 outs.append(moe.run(x, ids, weights, layer, out, space=space, config=config, pdl=pdl))
             # Rounding to bfloat16, between the products, of each pair and of the result, is 0.0029 together. What lies between
             # may be rounded to another E4M3 number than the exact one, 1/16 off, and FP8 tensor cores add with 14 bits.
             error = (outs[0].double() - want).norm() / want.norm()
             assert error < (8e-3 if fp8 else 3.5e-3), (m, kind, config)
-            assert torch.equal(outs[0], outs[1])
-            assert torch.equal(outs[0], outs[2])
+            assert all(torch.equal(outs[0], out) for out in outs)
 
 
-@pytest.mark.gpu
+# x and the biases are there when a call begins, what its kernels leave to one another is not.
+EARLY = ("words", "scales", "row_scale", "bias", "blocks")
+device = devices(
+    (routing, "_order", ("ids",)),
+    (grouped, "_grouped", EARLY),
+    (grouped_short, "_short", EARLY),
+    (routing, "_combine", ("ids", "weights")),
+)
+
+
 @pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[1]}x{layer[2]}")
-def test_a_gpu_computes_the_layer(layer, fmt):
-    check_on_gpu(NARROW, *layer, fmt)
+def test_the_layer_in_narrow_blocks(layer, fmt, device):
+    check(NARROW if device == "cuda" or layer is LAYERS[-1] else NARROW[6:9], *layer, fmt, device)
 
 
 @pytest.mark.gpu
@@ -212,21 +229,21 @@ def test_a_gpu_computes_the_layer(layer, fmt):
 @pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[1]}x{layer[2]}")
 def test_a_gpu_computes_the_layer_in_wide_blocks(layer, fmt):
-    check_on_gpu(WIDE, *layer, fmt)
+    check(WIDE, *layer, fmt, "cuda")
 
 
 @pytest.mark.gpu
 @only_in_gluon_of_3_6
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[1]}x{layer[2]}")
 def test_a_gpu_computes_the_layer_in_fp8(layer):
-    check_on_gpu(FP8, *layer, MXFP4, fp8=True)
+    check(FP8, *layer, MXFP4, "cuda", fp8=True)
 
 
 @pytest.mark.gpu
 def test_choices_of_other_gpus_count_for_nothing_and_a_token_does_not_see_the_others():
     layer, decoded, biases = layer_of(8, 256, 128, NVFP4, device="cuda")
     x = randn(33, 256).bfloat16().cuda()
-    ids, weights = routed("any", 33, 4, 8), torch.rand(33, 4, device="cuda")
+    ids, weights = routed("any", 33, 4, 8).cuda(), torch.rand(33, 4, device="cuda")
     ids[::3, 1] = -1
     ids[5] = 8
     config = NARROW[0]  # for one token too: other kernels add in another order
@@ -246,7 +263,7 @@ def test_choices_of_other_gpus_count_for_nothing_and_a_token_does_not_see_the_ot
 def test_a_layer_in_a_cuda_graph_follows_its_inputs():
     layer, decoded, biases = layer_of(8, 256, 128, MXFP4, device="cuda")
     x, out = randn(20, 256).bfloat16().cuda(), torch.empty(20, 256, dtype=torch.bfloat16, device="cuda")
-    ids, weights = routed("any", 20, 2, 8), torch.rand(20, 2, device="cuda")
+    ids, weights = routed("any", 20, 2, 8).cuda(), torch.rand(20, 2, device="cuda")
     config = moe.default_config(20, 2, 8, 128)
     space = moe.workspace(20, 2, layer, config)
 

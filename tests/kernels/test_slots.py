@@ -1,6 +1,6 @@
 """Where units of x lie in a warp's slots: the numbers that the kernel computes, asked here by numpy, and what `ldmatrix` does.
 
-The copies and reads themselves run on a GPU only: `test_decode` has them, and the kernel as it is compiled.
+The copies and reads themselves run in `test_decode`, which has the kernel as it is compiled too.
 """
 
 import numpy as np
