@@ -10,8 +10,9 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 from ptx_machine import Emulated, OutOfBoundsError, RaceError, TooEarlyError, run  # noqa: E402
 
 from fp4bench.formats import MXFP4  # noqa: E402
-from fp4bench.kernels import decode  # noqa: E402
+from fp4bench.kernels import decode, prefill  # noqa: E402
 from fp4bench.kernels.decode import DecodeConfig  # noqa: E402
+from fp4bench.kernels.prefill_launch import PrefillConfig  # noqa: E402
 from fp4bench.kernels.weights import prepare  # noqa: E402
 from fp4bench.quantize import quantize  # noqa: E402
 
@@ -76,6 +77,56 @@ def test_what_is_read_early_has_to_be_named():
         launch(early=("words",))
 
 
+SMS = 3  # so that a CTA has more steps than stages
+
+
+def on_warpgroups(edit=lambda text: text):
+    """A product by wgmma, of boxes that a warp of its own asks for; CTAs share tiles."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 512, generator=generator).bfloat16()
+    weight = prepare(quantize(torch.randn(256, 512, generator=generator), MXFP4))
+    out, config = torch.full((64, 256), torch.nan, dtype=torch.bfloat16), PrefillConfig(columns=64)
+    workspace = torch.zeros(prefill.workspace_bytes(64, weight, x.dtype, config, SMS), dtype=torch.uint8)
+    grid, arguments, constants = prefill._launch(x, weight, out, config, workspace, None, 1.0, None, True, SMS)
+    Emulated(prefill.wgmma_product, early=("words", "scales"), edit=edit)[grid](*arguments, **constants)
+    return out
+
+
+def less_of(pattern, number):
+    """An edit: the number that a pattern ends with is less."""
+    return lambda text: re.sub(rf"({pattern})(\d+)", lambda match: match[1] + str(int(match[2]) - number), text)
+
+
+@in_the_text_of_3_6
+@pytest.mark.parametrize(
+    ("edit", "error", "why"),
+    [
+        (less_of(r"wgmma\.wait_group\.sync\.aligned\s+", -1), RaceError, "wgmma|overwritten"),
+        (without(r"bar\.sync\s+0, 128;", 3), RaceError, "reads is overwritten"),
+        (without(r"bar\.sync\s+0, 128;", 4), RaceError, "wrote is read"),
+        (without(r"@%p\d+ mbarrier\.arrive\.shared::cta[^;]*;", 1), RuntimeError, "wait at barriers"),
+        (less_of(r"expect_tx\.shared\.b64 _, \[%r\d+\], ", 256), RuntimeError, "wait at barriers"),
+        (less_of(r"mbarrier\.init\.shared::cta\.b64 \[%r\d+\], ", 1), RaceError, "more threads arrive|not initialized"),
+        (lambda text: text.replace("atom.global.gpu.acq_rel", "atom.global.gpu.relaxed"), RaceError, "another CTA writes"),
+        (without(r"griddepcontrol\.wait;", 0), TooEarlyError, "is read"),
+    ],
+    ids=[
+        "a product not waited for",
+        "before sums are exchanged",
+        "among the exchange",
+        "a stage not given back",
+        "fewer bytes than are brought",
+        "fewer arrivals than come",
+        "sums of others too early",
+        "x too early",
+    ],
+)
+def test_a_mistake_among_warpgroups_is_seen(edit, error, why):
+    assert not on_warpgroups().isnan().any()
+    with pytest.raises(error, match=why):
+        on_warpgroups(edit)
+
+
 # --- Single instructions ----------------------------------------------------------------------------------------------------
 
 
@@ -104,12 +155,16 @@ STORE = "add.s64 %rd8, %rd0, %rd9; st.global.b32 [%rd8], {};"
         ("mov.b32 %r2, -7; div.s32 %r3, %r2, 2;", -3),
         ("mov.b32 %r2, -7; rem.s32 %r3, %r2, 2;", -1),
         ("mov.b32 %r2, 0x01020304; bfe.u32 %r3, %r2, 8, 8;", 3),
+        ("mov.b32 %r2, 0x0102F304; bfe.s32 %r3, %r2, 8, 8;", -13),
         ("mov.b32 %r2, 0x01020304; prmt.b32 %r3, %r2, 0, 0x4440;", 4),
         ("mov.b32 %r2, 0f3FC00000; fma.rn.f32 %r3, %r2, %r2, %r2;", 0x40700000),  # 1.5 * 1.5 + 1.5 = 3.75
         ("mov.b32 %r2, 0f40490FDB; cvt.rn.bf16.f32 %rs1, %r2; mov.b32 %r3, {%rs1, %rs1};", 0x40494049),
         ("mov.b32 %r2, 0f3F800000; cvt.rn.bf16x2.f32 %r3, %r2, 0f40000000;", 0x3F804000),  # 1 is the upper half
         ("mov.b32 %r2, 0f7FC00000; setp.ne.f32 %p1, %r2, %r2; selp.b32 %r3, 1, 0, %p1;", 0),  # ordered: false of NaN
         ("setp.eq.s32 %p1, 1, 1; vote.sync.ballot.b32 %r2, %p1, -1; popc.b32 %r3, %r2;", 32),
+        ("mov.b32 %r2, -3; mul.hi.s32 %r3, %r2, 5;", -1),
+        ("mov.b32 %r2, -3; mul.hi.u32 %r3, %r2, 5;", 4),
+        ("setp.ne.s32 %p1, 1, 1; mov.b32 %r2, 5; selp.f32 %r3, 0f3F800000, %r2, %p1;", 5),
         ("mov.b32 %r2, 3; redux.sync.add.s32 %r3, %r2, -1;", 96),
     ],
 )
@@ -140,7 +195,7 @@ def test_a_warp_that_waits_for_ever_is_seen():
 
 def test_threads_of_a_warp_that_go_different_ways_are_not_run():
     with pytest.raises(NotImplementedError, match="of a warp"):
-        run_text("setp.lt.u32 %p1, %r0, 7; @%p1 bra $over; $over: bar.sync 0;", numbers(0))
+        run_text("setp.lt.u32 %p1, %r0, 7; @%p1 bra $over; mov.b32 %r2, 0; $over: bar.sync 0;", numbers(0))
 
 
 def test_ctas_may_write_the_same_place_if_they_write_the_same():

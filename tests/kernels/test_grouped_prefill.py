@@ -1,5 +1,4 @@
-"""The products of a MoE layer for many tokens an expert: compiled and read; what they compute is tested in test_moe.py, on a
-GPU only."""
+"""The products of a MoE layer for many tokens an expert: compiled and read; what they compute is tested in test_moe.py."""
 
 import re
 

@@ -1,7 +1,4 @@
-"""The wgmma kernel: its schedule, what it compiles to, and on a GPU its products.
-
-Gluon with inline assembly does not run in Triton's interpreter: without a GPU nothing here computes a product.
-"""
+"""The wgmma kernel: its schedule, what it compiles to, and its products, from its PTX and on a GPU."""
 
 import os
 import re
@@ -13,6 +10,8 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+
+from emulating import devices  # noqa: E402
 
 from fp4bench.devices import Device  # noqa: E402
 from fp4bench.formats import FORMATS, MXFP4, NVFP4  # noqa: E402
@@ -260,7 +259,7 @@ def test_both_launches_write_their_rows_of_the_output(monkeypatch):
 
 
 LOW = PrefillConfig(rows=64, depth=128, stages=8, streamed=False, along_k=True)  # a tail's
-CASES = [
+SMALL = [
     ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64, streamed=False)),
     ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
     ("bf16", NVFP4, 256, 512, 64, PrefillConfig(columns=64)),
@@ -269,56 +268,64 @@ CASES = [
     ("bf16", MXFP4, 1000, 1056, 37, PrefillConfig(columns=64, rows=256, warpgroups=4)),
     ("e4m3", MXFP4, 1000, 1024, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
     ("bf16", NVFP4, 136, 320, 129, PrefillConfig(columns=128)),
-    ("bf16", MXFP4, 1024, 4096, 16, PrefillConfig(columns=16, rows=64, warpgroups=1, ctas=2)),
     ("bf16", MXFP4, 1000, 1056, 13, PrefillConfig(rows=64, columns=16, along_k=True)),
+    ("e4m3", MXFP4, 256, 512, 64, PrefillConfig(columns=64, depth=128)),
+    ("e4m3", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
+    ("bytes", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
+    ("bytes", MXFP4, 1000, 1024, 7, PrefillConfig(columns=8, rows=64, depth=256, warpgroups=1, ctas=2)),
+    ("bf16", MXFP4, 200, 1000, 300, PrefillConfig(rows=64, streamed=True, along_k=True)),
+    ("bytes", MXFP4, 1000, 1024, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
+    ("bytes", MXFP4, 264, 1000, 60, PrefillConfig(rows=64, columns=64, depth=128, warpgroups=1, ctas=2, pairs=True)),
+    ("bf16", NVFP4, 264, 1000, 100, PrefillConfig(columns=64, pairs=True)),
+    ("bf16", MXFP4, 1032, 96, 300, PrefillConfig(columns=256, tail=PrefillConfig(rows=64, along_k=True))),
+    *(("bf16", fmt, 1000, 1056, m, prefill_launch.default_config(m)) for fmt in (MXFP4, NVFP4) for m in (17, 100)),
+]
+LARGE = [
+    ("bf16", MXFP4, 1024, 4096, 16, PrefillConfig(columns=16, rows=64, warpgroups=1, ctas=2)),
     ("bf16", NVFP4, 20480, 1000, 60, PrefillConfig(rows=64, columns=64, warpgroups=4, streamed=False, along_k=True)),
     ("bytes", MXFP4, 20480, 1000, 32, PrefillConfig(rows=64, columns=32, depth=128, stages=6, along_k=True)),
     ("bytes", MXFP4, 8192, 2048, 8, PrefillConfig(rows=64, columns=8, depth=256, stages=2, ctas=2, along_k=True)),
     ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=256)),
     ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=128, rows=256)),
-    ("e4m3", MXFP4, 256, 512, 64, PrefillConfig(columns=64, depth=128)),
-    ("e4m3", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
-    ("bytes", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
-    ("bytes", MXFP4, 1000, 1024, 7, PrefillConfig(columns=8, rows=64, depth=256, warpgroups=1, ctas=2)),
     ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128)),
     ("bytes", MXFP4, 10240, 1024, 512, PrefillConfig(columns=256, depth=128, tail=PrefillConfig(columns=64, depth=128))),
     ("bytes", MXFP4, 10232, 1000, 500, PrefillConfig(columns=256, depth=128, tail=LOW)),
     ("bf16", NVFP4, 10232, 1024, 1000, PrefillConfig(columns=256, tail=PrefillConfig())),
-    ("bf16", MXFP4, 200, 1000, 300, PrefillConfig(rows=64, streamed=True, along_k=True)),
     ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128, stages=5, pairs=True)),
     ("bf16", NVFP4, 10232, 1024, 500, PrefillConfig(columns=256, pairs=True)),
     ("fp16", MXFP4, 20472, 1056, 300, PrefillConfig(rows=256, pairs=True)),
     ("bytes", MXFP4, 20472, 1000, 60, PrefillConfig(rows=64, columns=64, depth=128, warpgroups=1, ctas=2, pairs=True)),
-    ("bytes", MXFP4, 1000, 1024, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
-    *(("bf16", fmt, 1000, 1056, m, prefill_launch.default_config(m)) for fmt in (MXFP4, NVFP4) for m in (17, 60, 100, 300)),
+    *(("bf16", fmt, 1000, 1056, m, prefill_launch.default_config(m)) for fmt in (MXFP4, NVFP4) for m in (60, 300)),
 ]
 
+device = devices((prefill, "wgmma_product", ("words", "scales")), counting=[prefill])
 
-@pytest.mark.gpu
+
 @pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="written in Gluon as Triton 3.6 has it")
-@pytest.mark.parametrize(("form", "fmt", "n", "k", "m", "config"), CASES)
-def test_its_products_are_right_and_the_same_each_time(form, fmt, n, k, m, config):
+@pytest.mark.parametrize(
+    ("form", "fmt", "n", "k", "m", "config"), SMALL + [pytest.param(*case, marks=pytest.mark.gpu) for case in LARGE]
+)
+def test_its_products_are_right_and_the_same_each_time(form, fmt, n, k, m, config, device):
     torch.manual_seed(n + k + m)
     form, order = ("e4m3", WordOrder.BYTES) if form == "bytes" else (form, WordOrder.HALVES)
     dtype = next(dtype for dtype, name in prefill._FORMS.items() if name == form)
-    q = quantize(torch.randn(n, k, device="cuda") * k**-0.5, fmt)
+    q = quantize(torch.randn(n, k, device=device) * k**-0.5, fmt)
     weight = weights.prepare(q, torch.bfloat16 if fmt.has_tensor_scale else dtype, order)
-    x = torch.randn(m, k, device="cuda", dtype=torch.float16 if form == "fp16" else torch.bfloat16)
+    x = torch.randn(m, k, device=device, dtype=torch.float16 if form == "fp16" else torch.bfloat16)
     x_scale, exact = None, x.double()
     if form == "e4m3":
         rows = quantize_fp8_rows(x)
         exact, x_scale = decode_fp8_rows(rows).double(), rows.scales.flatten()
         padded = torch.nn.functional.pad(rows.values.view(torch.uint8), (0, -k % 64))
-        order = torch.tensor(weights.E4M3_ORDER, device="cuda")
+        order = torch.tensor(weights.E4M3_ORDER, device=device)
         x = padded.unflatten(-1, (-1, 16))[..., order].flatten(-2).contiguous().view(torch.float8_e4m3fn)
     want = exact @ values(q).T
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    workspace = torch.zeros(prefill.workspace_bytes(m, weight, x.dtype, config, sms), dtype=torch.uint8, device="cuda")
+    sms = prefill.count_sms(torch.device(device))
+    workspace = torch.zeros(prefill.workspace_bytes(m, weight, x.dtype, config, sms), dtype=torch.uint8, device=device)
     outs = []
-    for pdl in (False, True, True):
-        out = torch.full((m, n), torch.nan, device="cuda", dtype=torch.float16 if form == "fp16" else torch.bfloat16)
+    for pdl in (False, True, True) if device == "cuda" else (True,):
+        out = torch.full((m, n), torch.nan, device=device, dtype=torch.float16 if form == "fp16" else torch.bfloat16)
         outs.append(prefill.gemm(x, weight, out, config=config, workspace=workspace, x_scale=x_scale, pdl=pdl))
-    assert torch.equal(outs[0], outs[1])
-    assert torch.equal(outs[0], outs[2])
+    assert all(torch.equal(outs[0], out) for out in outs)
     # Rounding to bfloat16 alone is 0.0017 (0.0002 for float16); FP8 tensor cores add some 0.0003 (NVIDIA H200).
     assert (outs[0].double() - want).norm() / want.norm() < 2.5e-3

@@ -8,9 +8,9 @@ raises where a kernel
   `cp.async` has not brought yet, or what another CTA writes (`RaceError`);
 - reads what the kernel before may still write, or writes, before `griddepcontrol.wait` (`TooEarlyError`).
 
-Shared memory that was not written is NaN. A branch that threads of a CTA take differently is not run, nor is what Hopper added:
-wgmma, bulk copies, mbarriers. Instructions mean what the PTX ISA 8.x says in section 9.7; one that is not here raises.
-Approximate functions are exact here, and the sums of an `mma` are rounded once.
+Shared memory that was not written is NaN. A branch that threads of a warp take differently is not run. Instructions mean what
+the PTX ISA 8.x says in section 9.7; one that is not here raises. Approximate functions are exact here, and the sums of an `mma`
+or a `wgmma` are rounded once.
 """
 
 from math import prod
@@ -18,7 +18,9 @@ from math import prod
 import compiling
 import torch
 from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ptx_machine.copies import Box
 from ptx_machine.machine import Machine
 from ptx_machine.memory import Memory, OutOfBoundsError, RaceError, TooEarlyError
 from ptx_machine.program import Program
@@ -28,7 +30,8 @@ __all__ = ["Emulated", "OutOfBoundsError", "RaceError", "TooEarlyError", "run"]
 _AT_ONCE = 64  # CTAs: an instruction of a few hundred threads costs numpy as much as one of thousands
 _OPTIONS = ("num_warps", "launch_pdl", "maxnreg", "num_stages", "enable_fp_fusion")  # of the compiler, None: its own choice
 _POINTED = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
-_POINTED |= {torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
+_MAPS = 1 << 40  # where tensor maps would be
+_POINTED |= {torch.uint8: "u8", torch.int16: "i16", torch.float8_e4m3fn: "fp8e4nv"}
 
 
 class Emulated:
@@ -47,8 +50,9 @@ class Emulated:
     def _launch(self, grid, arguments, constants):
         names = [p.name for p in self._kernel.params if p.name not in constants]
         binary, given = _compiled(self._kernel, dict(zip(names, arguments, strict=True)), constants)
-        early = [given[name] for name in self._early]
-        run(self._edit(binary.asm["ptx"]), binary.metadata.shared, grid, list(given.values()), early=early)
+        early = [value for name, value in given.items() if name in self._early]
+        boxes = getattr(binary.metadata, "tensordesc_meta", None) or ()
+        run(self._edit(binary.asm["ptx"]), binary.metadata.shared, grid, list(given.values()), early=early, boxes=boxes)
 
 
 def _compiled(kernel, arguments, constants):
@@ -73,6 +77,8 @@ def _compiled(kernel, arguments, constants):
 def _type_of(argument):
     if isinstance(argument, torch.Tensor):
         return f"*{_POINTED[argument.dtype]}"
+    if isinstance(argument, TensorDescriptor):
+        return f"tensordesc<{_POINTED[argument.base.dtype]}{argument.block_shape},{argument.layout!r}>"
     return "fp32" if isinstance(argument, float) else "i32"
 
 
@@ -81,14 +87,38 @@ def _is_multiple_of_16(argument):
     return isinstance(number, int) and number % 16 == 0
 
 
-def run(text, shared, grid, arguments, *, early=()):
-    """Run PTX with so many bytes of shared memory. Arguments: tensors of the CPU, which are written, and numbers.
+def run(text, shared, grid, arguments, *, early=(), boxes=()):
+    """Run PTX with so many bytes of shared memory. Arguments: tensors of the CPU, which are written, descriptors and numbers.
 
-    early: tensors that may be read before `griddepcontrol.wait`.
+    early: those that may be read before `griddepcontrol.wait`. boxes: what the compiler says of each descriptor's.
     """
     program = Program(text)
-    memory = Memory([argument for argument in arguments if isinstance(argument, torch.Tensor)], early)
-    values = [memory.address(argument) if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    memory = Memory(*([_base(one) for one in some if not isinstance(one, int | float)] for some in (arguments, early)))
+    values, maps = [], {}
+    for argument in arguments:
+        if isinstance(argument, TensorDescriptor):
+            values.append(_MAPS + 128 * len(maps))
+            maps[values[-1]] = _box(memory.address(argument.base), argument, boxes[len(maps)])
+            values += [*argument.shape, *argument.strides]
+        else:
+            values.append(memory.address(argument) if isinstance(argument, torch.Tensor) else argument)
     for first in range(0, prod(grid), _AT_ONCE):
-        Machine(program, memory, shared, grid, range(first, min(first + _AT_ONCE, prod(grid))), values).run()
+        Machine(program, memory, shared, grid, range(first, min(first + _AT_ONCE, prod(grid))), values, maps).run()
     memory.give_back()
+
+
+def _base(argument):
+    return argument.base if isinstance(argument, TensorDescriptor) else argument
+
+
+def _box(address, descriptor, told):
+    size = told["elem_size"]
+    assert descriptor.strides[1] == 1
+    return Box(
+        address,
+        *descriptor.shape,
+        descriptor.strides[0] * size,
+        size,
+        *told["block_size"],
+        {0: 0, 1: 32, 2: 64, 3: 128}[told["swizzle"]],
+    )

@@ -1,5 +1,7 @@
 """Global memory, which holds tensors, and the shared memory of CTAs. Both know which reads and writes are mistakes."""
 
+from collections import Counter
+
 import numpy as np
 import torch
 
@@ -43,7 +45,8 @@ class Memory:
                 end += -(-storage.nbytes() // 512) * 512 + _GAP
         self._bytes = np.zeros(end, np.uint8)
         self._held, self._early = np.zeros(end, bool), np.zeros(end, bool)
-        self._writer = np.full(end, _NOBODY)
+        self._writer, self._written_at = np.full(end, _NOBODY), np.zeros(end, np.int64)
+        self._clocks, self._told, self._known = Counter(), {}, {}  # of CTAs, whose clocks count their atomics
         from_before = {tensor.untyped_storage().data_ptr() for tensor in early}
         for start, storage in self._tensors.items():
             held = slice(start, start + storage.nbytes())
@@ -75,13 +78,42 @@ class Memory:
         if (self._of_others(places, ctas) & (self._bytes[places] != values)).any():
             raise RaceError("two CTAs write different values")
         self._bytes[places] = values
-        self._writer[places] = ctas[:, None]
+        self._note_writers(places, ctas)
         if (self._bytes[places] != values).any():
             raise RaceError("two threads write different values at once")
 
+    def add(self, address, value, *, early=False):
+        """Atomically, uint32. -> what was there."""
+        if early:
+            raise TooEarlyError("memory is written")
+        places = self._within(np.array([address]), 4)
+        before = self._bytes[places].view(np.uint32)[0, 0]
+        self._bytes[places] = np.array([[before + value]], np.uint32).view(np.uint8)
+        return before
+
+    def release(self, address, cta):
+        """What the CTA has written is known to those who acquire what is at an address."""
+        self._clocks[cta] += 1
+        self._told[address] = (
+            self._told.get(address, Counter()) | self._known.get(cta, Counter()) | Counter({cta: self._clocks[cta]})
+        )
+
+    def acquire(self, address, cta):
+        self._known[cta] = self._known.get(cta, Counter()) | self._told.get(address, Counter())
+
+    def _note_writers(self, places, ctas):
+        self._writer[places] = ctas[:, None]
+        for cta in np.unique(ctas):
+            self._written_at[places[ctas == cta]] = self._clocks[cta] + 1
+
     def _of_others(self, places, ctas):
+        """Which bytes another CTA has written that this one does not know of."""
         writer = self._writer[places]
-        return (writer != _NOBODY) & (writer != ctas[:, None])
+        unknown = (writer != _NOBODY) & (writer != ctas[:, None])
+        for row, column in np.argwhere(unknown):
+            known = self._known.get(ctas[row], {}).get(writer[row, column], 0)
+            unknown[row, column] = known < self._written_at[places[row, column]]
+        return unknown
 
     def _within(self, addresses, size):
         places = _places(addresses, size, len(self._bytes))
@@ -108,8 +140,21 @@ class SharedMemory:
         self._reader = np.full(size * ctas, _NOBODY)  # the last one
         self._read_at = np.zeros((size * ctas, warps), np.int16)  # by each warp
         self._asked = np.zeros(size * ctas, bool)  # by cp.async
-        self._clock = np.ones((ctas, warps), np.int32)
+        self._clock, self._waited_at = np.ones((ctas, warps), np.int32), np.zeros((ctas, warps), np.int32)
         self._known = np.zeros((ctas, warps, warps), np.int32)
+
+    def note_wait(self, warps):
+        """Warps, counted through all CTAs, have waited for the kernel before."""
+        cta, warp = warps // self._warps, warps % self._warps
+        self._waited_at[cta, warp] = self._clock[cta, warp]
+        self._clock[cta, warp] += 1
+
+    def know_of_wait(self, warps):
+        """Whether each of them has waited for the kernel before, or has been told by one that has."""
+        cta, warp = warps // self._warps, warps % self._warps
+        waited = self._waited_at[cta]
+        theirs = np.arange(self._warps) == warp[:, None]
+        return bool(((waited > 0) & (theirs | (self._known[cta, warp] >= waited))).any(axis=1).all())
 
     def barrier(self, cta, warps):
         """Of some warps of a CTA."""
@@ -123,6 +168,20 @@ class SharedMemory:
         cta, warp = warps // self._warps, warps % self._warps
         self._known[cta, warp, warp] = self._clock[cta, warp]
         self._clock[cta, warp] += 1
+
+    def tell(self, thread, known=None):
+        """What the warp of a thread knows and does until now, added to `known`. -> its clock, and clocks of all warps."""
+        cta, warp = divmod(thread // 32, self._warps)
+        clocks = self._known[cta, warp].copy()
+        clocks[warp] = self._clock[cta, warp]
+        self._clock[cta, warp] += 1
+        return clocks[warp], clocks if known is None else np.maximum(known, clocks)
+
+    def learn(self, thread, clocks):
+        """The warp of a thread knows what `tell` has told."""
+        if clocks is not None:
+            cta, warp = divmod(thread // 32, self._warps)
+            self._known[cta, warp] = np.maximum(self._known[cta, warp], clocks)
 
     def read(self, addresses, size, threads):
         places = self._within(addresses, size, threads)
@@ -151,11 +210,13 @@ class SharedMemory:
         self._check_written(places, threads)
         self._asked[places] = True
 
-    def arrive(self, addresses, values, threads):
-        """What was asked for, when the threads that asked have waited."""
+    def arrive(self, addresses, values, threads, at=None):
+        """What was asked for is there. at: the clock of those who asked, when they did; None: they have waited for it now."""
         places = self._within(addresses, values.shape[1], threads)
         self._asked[places] = False
         self._store(places, values, threads)
+        if at is not None:
+            self._written_at[places] = at
 
     def add(self, address, value, thread):
         """Atomically, uint32. -> what was there."""

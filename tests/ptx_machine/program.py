@@ -22,14 +22,15 @@ class Instruction:
 
 
 class Program:
-    """The one kernel of a module: its instructions, how many threads a CTA has, names of parameters, and where labels are."""
+    """The one kernel of a module: its instructions, how many threads a CTA has, names of parameters, where labels are, and
+    tables of labels by name."""
 
     def __init__(self, text):
         text = re.sub(r"//.*", "", text)
         self.threads = int(re.search(r"\.reqntid (\d+)", text)[1])
         header, body = re.search(r"\.entry \w+\((.*?)\)\s*\.reqntid[^{]*\{(.*)", text, re.DOTALL).groups()
         self.parameters = re.findall(r"\w+_param_\d+", header)
-        self.instructions, self.labels = [], {}
+        self.instructions, self.labels, self.tables = [], {}, {}
         body = re.sub(r"^\s*\.(loc|file|pragma|reg)\b.*$", "", body.partition("$L__func_end")[0], flags=re.MULTILINE)
         for statement in _statements(body):
             self._add(statement)
@@ -40,9 +41,13 @@ class Program:
         return any(one.opcode[0] == "griddepcontrol" for one in self.instructions)
 
     def _add(self, statement):
-        while label := re.match(r"(\$\w+):\s*", statement):
-            self.labels[label[1]] = len(self.instructions)
+        name = None
+        while label := re.match(r"(\$?\w+):(?!:)\s*", statement):
+            name = label[1]
+            self.labels[name] = len(self.instructions)
             statement = statement[label.end() :]
+        if statement.startswith(".branchtargets"):
+            self.tables[name] = re.findall(r"\$\w+", statement)
         if not statement or statement.startswith("."):
             return
         parsed = re.match(r"(?:@(!?[\w%]+)\s+)?([\w.:]+)\s*(.*)", statement, re.DOTALL)
@@ -63,7 +68,7 @@ def _statements(body):
     """Without the braces around blocks of inline assembly, whose registers are written before they are read."""
     statement = ""
     for piece in re.split(r"([;{}])", body):
-        if piece == ";" or (piece in ("{", "}") and re.fullmatch(r"\s*(\$\w+:\s*)*", statement)):
+        if piece == ";" or (piece in ("{", "}") and re.fullmatch(r"\s*(\$?\w+:\s*)*", statement)):
             yield statement.strip()
             statement = ""
         else:

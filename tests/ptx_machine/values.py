@@ -45,6 +45,8 @@ def converted(numbers, source, to):
     """Numbers of one type as those of another, by `cvt`."""
     if source == "f32" and to in HALVES:
         return torch.from_numpy(numbers.copy()).to(HALVES[to]).view(torch.int16).numpy().view(np.uint16)
+    if (source, to) == ("f32", "e4m3"):  # to the largest, not to NaN
+        return torch.from_numpy(numbers.copy()).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     if source in HALVES and to == "f32":
         return torch.from_numpy(numbers.view(np.int16).copy()).view(HALVES[source]).float().numpy()
     if source[0] in "su" and to[0] in "su":
@@ -60,6 +62,8 @@ def function_of(opcode):
     if (whole := ".".join(opcode)) in _OF_WORDS:
         return ptx.INSTRUCTIONS[whole], ("b32",) * 4, "b32"
     name, modifiers, kind = opcode[0], opcode[1:-1], opcode[-1]
+    if opcode[:2] == ("mul", "hi"):
+        return _upper_half, (kind,) * 2, kind
     if name not in _FUNCTIONS or not set(modifiers) <= _MODIFIERS:
         raise NotImplementedError(whole)
     if "wide" in modifiers:
@@ -76,6 +80,12 @@ def _of_twice_the_size(compute):
     return of_wide
 
 
+def _upper_half(a, b):
+    """Of the product of 32-bit numbers."""
+    wide = a.astype(f"{a.dtype.kind}8") * b
+    return (wide >> wide.dtype.type(32)).astype(a.dtype)
+
+
 def _shifted(shift):
     """By no more than the size of a register: what lies beyond is gone."""
 
@@ -85,6 +95,12 @@ def _shifted(shift):
         return np.where((count >= size) & (numbers.dtype.kind == "u"), np.zeros_like(numbers), moved)
 
     return by
+
+
+def _field(numbers, start, size):
+    """Bits from `start` on, with the sign that the highest has where numbers have signs."""
+    above = numbers.dtype.type(8 * numbers.dtype.itemsize) - size
+    return numbers << above - start >> above
 
 
 def _quotient(a, b):
@@ -110,6 +126,7 @@ _FUNCTIONS = {
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
     "not": np.invert,
+    "bfe": _field,
     "shl": _shifted(np.left_shift),
     "shr": _shifted(np.right_shift),
     "ex2": np.exp2,
@@ -119,4 +136,4 @@ _FUNCTIONS = {
 # That change nothing here: low halves of products are what integers of numpy keep.
 _MODIFIERS = {"lo", "wide", "rn", "full", "approx"}
 # Instructions on whole words that inline assembly has too.
-_OF_WORDS = {"bfe.u32", "shf.r.wrap.b32", "prmt.b32", "lop3.b32", "mul.rn.bf16x2", "mul.rn.f16x2"}
+_OF_WORDS = {"shf.r.wrap.b32", "prmt.b32", "lop3.b32", "mul.rn.bf16x2", "mul.rn.f16x2", "max.NaN.f32"}
