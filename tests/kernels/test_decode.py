@@ -22,7 +22,7 @@ from fp4bench.quantize import Quantized, decode, quantize
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 import ptx  # noqa: E402
-from emulating import devices  # noqa: E402
+from emulating import devices, emulate, from_ptx  # noqa: E402
 
 from fp4bench.kernels import configs, slots  # noqa: E402
 from fp4bench.kernels import decode as kernel  # noqa: E402
@@ -386,7 +386,8 @@ def test_a_config_that_cannot_be_is_refused(change, why):
 
 # --- The whole, from its PTX and on a GPU -----------------------------------------------------------------------------------
 
-device = devices((kernel, "_decode", ("words", "scales")))
+DECODE = (kernel, "_decode", ("words", "scales"))
+device = devices(DECODE)
 
 # Shapes that divide, and that do not: n by 16 and by the tiles of a CTA, k by 2, by 64 and by the warps' units.
 LAUNCHES = [
@@ -420,15 +421,27 @@ def check(q, dtype, m, config, *, alpha=1.0, with_bias=False, pdl=False):
     return out
 
 
+def weight(n, k, fmt, device="cpu"):
+    return quantize((randn(n, k) * k**-0.5 * torch.exp2(randn(n, 1, seed=1) * 2)).to(device), fmt)
+
+
+@pytest.mark.gpu
 @each_type
 @each_format
 @pytest.mark.parametrize(("n", "k", "config"), LAUNCHES, ids=[f"{n}x{k}" for n, k, _ in LAUNCHES])
-def test_products(n, k, config, fmt, dtype, device):
-    q = quantize((randn(n, k) * k**-0.5 * torch.exp2(randn(n, 1, seed=1) * 2)).to(device), fmt)
-    for m in (1, 2, 5, 8, 9, 16) if device == "cuda" else (5, 16):
+def test_products_on_a_gpu(n, k, config, fmt, dtype):
+    q = weight(n, k, fmt, "cuda")
+    for m in (1, 2, 5, 8, 9, 16):
         first = check(q, dtype, m, config, alpha=0.5, with_bias=m % 2 == 1)
-        if device == "cuda":
-            assert torch.equal(first, check(q, dtype, m, config, alpha=0.5, with_bias=m % 2 == 1, pdl=True))
+        assert torch.equal(first, check(q, dtype, m, config, alpha=0.5, with_bias=m % 2 == 1, pdl=True))
+
+
+@from_ptx
+@pytest.mark.parametrize(("n", "k", "config"), LAUNCHES, ids=[f"{n}x{k}" for n, k, _ in LAUNCHES])
+def test_products_from_ptx(n, k, config, monkeypatch):
+    emulate(monkeypatch, DECODE)
+    check(weight(n, k, MXFP4), torch.bfloat16, 16, config, alpha=0.5)
+    check(weight(n, k, NVFP4), torch.float16 if n % 2 else torch.bfloat16, 5, config, with_bias=True)
 
 
 @each_type

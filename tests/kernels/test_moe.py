@@ -5,7 +5,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
-from emulating import devices  # noqa: E402
+from emulating import emulate, from_ptx  # noqa: E402
 
 from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
 from fp4bench.kernels import grouped, grouped_prefill, grouped_short, moe, routing  # noqa: E402
@@ -209,14 +209,31 @@ def check(configs, experts, hidden, intermediate, topk, activation, with_bias, f
             assert all(torch.equal(outs[0], out) for out in outs)
 
 
-def of(configs, layer, device):
-    """Those that are run: from PTX, where each takes seconds to compile, one for all layers but the smallest."""
-    return configs if device == "cuda" or layer is LAYERS[-1] else configs[-1:]
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[1]}x{layer[2]}")
+def test_a_gpu_computes_the_layer(layer, fmt):
+    check(NARROW, *layer, fmt, "cuda")
 
 
-# Of a layer's kernels; the blocks are those of the last kernel but one.
+@pytest.mark.gpu
+@only_in_gluon_of_3_6
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[1]}x{layer[2]}")
+def test_a_gpu_computes_the_layer_in_wide_blocks(layer, fmt):
+    check(WIDE, *layer, fmt, "cuda")
+
+
+@pytest.mark.gpu
+@only_in_gluon_of_3_6
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[1]}x{layer[2]}")
+def test_a_gpu_computes_the_layer_in_fp8(layer):
+    check(FP8, *layer, MXFP4, "cuda", fp8=True)
+
+
+# The blocks are those of the last kernel but one.
 EARLY = ("words", "scales", "row_scale", "bias", "blocks")
-device = devices(
+KERNELS = [
     (routing, "_order", ()),
     (routing, "_gather", ()),
     (grouped, "_grouped", EARLY),
@@ -224,27 +241,25 @@ device = devices(
     (grouped_prefill, "_kernel", ()),
     (quantization, "quantize_row", ()),
     (routing, "_combine", ()),
-    counting=[grouped_prefill],
+]
+
+
+@from_ptx
+@pytest.mark.parametrize(
+    ("layer", "fmt", "configs", "fp8"),
+    [
+        (LAYERS[2], MXFP4, NARROW, False),
+        (LAYERS[0], NVFP4, NARROW[-3:], False),
+        (LAYERS[1], NVFP4, NARROW[6:7], False),
+        (LAYERS[2], NVFP4, WIDE[:1], False),
+        (LAYERS[1], MXFP4, WIDE[2:], False),
+        (LAYERS[1], MXFP4, FP8[:1], True),
+    ],
+    ids=["narrow", "narrow aligned", "deep", "wide", "wider", "fp8"],
 )
-
-
-@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[1]}x{layer[2]}")
-def test_the_layer_in_narrow_blocks(layer, fmt, device):
-    check(of(NARROW, layer, device), *layer, fmt, device)
-
-
-@only_in_gluon_of_3_6
-@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[1]}x{layer[2]}")
-def test_the_layer_in_wide_blocks(layer, fmt, device):
-    check(of(WIDE, layer, device), *layer, fmt, device)
-
-
-@only_in_gluon_of_3_6
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[1]}x{layer[2]}")
-def test_the_layer_in_fp8(layer, device):
-    check(of(FP8, layer, device), *layer, MXFP4, device, fp8=True)
+def test_the_ptx_computes_the_layer(layer, fmt, configs, fp8, monkeypatch):
+    emulate(monkeypatch, *KERNELS, counting=[grouped_prefill])
+    check(configs, *layer, fmt, "cpu", fp8=fp8)
 
 
 @pytest.mark.gpu
