@@ -1,4 +1,6 @@
-"""Tests marked `gpu` are skipped where there is no GPU; one run of a project is accepted for all tests that need one."""
+"""Tests marked `gpu` are skipped where there is no GPU, and those marked `triton_3_6` with another Triton; one run of a project
+is accepted for all tests that need one.
+"""
 
 import os
 
@@ -11,10 +13,19 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 def pytest_collection_modifyitems(items):
     import torch  # here, so that `pytest --help`, which two tests read, takes 0.5 s and not 2
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    here = {"gpu": torch.cuda.is_available(), "triton_3_6": _triton_version().startswith("3.6.")}
+    for item in items:
+        for name in here:
+            if item.get_closest_marker(name) and not here[name]:
+                item.add_marker(pytest.mark.skip(reason={"gpu": "needs a CUDA GPU", "triton_3_6": "needs Triton 3.6"}[name]))
+
+
+def _triton_version():
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return triton.__version__
 
 
 @pytest.fixture(scope="session")

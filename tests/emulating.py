@@ -2,21 +2,20 @@
 
 import pytest
 import torch
-import triton
 from ptx_machine import Emulated
 
 SMS = 4  # of the GPU that there would be
 
 
 def from_ptx(test):
-    """A mark of tests, or a parameter: kernels run from the PTX that Triton 3.6 makes of them, where no GPU runs them."""
+    """A mark: kernels run from the PTX that Triton 3.6 makes of them, where no GPU runs them."""
     for mark in _FROM_PTX:
         test = mark(test)
     return test
 
 
 _FROM_PTX = (
-    pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="for the PTX of Triton 3.6"),
+    pytest.mark.triton_3_6,
     pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself runs it"),
 )
 

@@ -5,18 +5,16 @@ import re
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="needs Triton")
+pytest.importorskip("triton", reason="needs Triton")
 
-from ptx_machine import Emulated, OutOfBoundsError, RaceError, TooEarlyError, run  # noqa: E402
+from ptx_machine import Emulated, OutOfBoundsError, RaceError, TooEarlyError, run
 
-from fp4bench.formats import MXFP4  # noqa: E402
-from fp4bench.kernels import decode, prefill  # noqa: E402
-from fp4bench.kernels.decode import DecodeConfig  # noqa: E402
-from fp4bench.kernels.prefill_launch import PrefillConfig  # noqa: E402
-from fp4bench.kernels.weights import prepare  # noqa: E402
-from fp4bench.quantize import quantize  # noqa: E402
-
-in_the_text_of_3_6 = pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="for the PTX of Triton 3.6")
+from fp4bench.formats import MXFP4
+from fp4bench.kernels import decode, prefill
+from fp4bench.kernels.decode import DecodeConfig
+from fp4bench.kernels.prefill_launch import PrefillConfig
+from fp4bench.kernels.weights import prepare
+from fp4bench.quantize import quantize
 
 # --- Mistakes in a kernel ---------------------------------------------------------------------------------------------------
 
@@ -45,7 +43,7 @@ def launch(edit=lambda text: text, *, early=("words", "scales"), more=None):
     return out
 
 
-@in_the_text_of_3_6
+@pytest.mark.triton_3_6
 @pytest.mark.parametrize(
     ("edit", "error", "why"),
     [
@@ -64,14 +62,14 @@ def test_a_barrier_or_a_wait_that_is_missing_is_seen(edit, error, why):
         launch(edit)
 
 
-@in_the_text_of_3_6
+@pytest.mark.triton_3_6
 @pytest.mark.parametrize("more", ["m", "tiles"])
 def test_what_lies_behind_a_tensor_is_not_touched_unseen(more):
     with pytest.raises(OutOfBoundsError, match="no tensor holds"):
         launch(more=more)
 
 
-@in_the_text_of_3_6
+@pytest.mark.triton_3_6
 def test_what_is_read_early_has_to_be_named():
     with pytest.raises(TooEarlyError):
         launch(early=("words",))
@@ -97,7 +95,7 @@ def less_of(pattern, number):
     return lambda text: re.sub(rf"({pattern})(\d+)", lambda match: match[1] + str(int(match[2]) - number), text)
 
 
-@in_the_text_of_3_6
+@pytest.mark.triton_3_6
 @pytest.mark.parametrize(
     ("edit", "error", "why"),
     [

@@ -5,16 +5,16 @@ import re
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="needs Triton")
+pytest.importorskip("triton", reason="needs Triton")
 
-from compiling import compile_gluon, resources  # noqa: E402
+from compiling import compile_gluon, resources
 
-from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
-from fp4bench.kernels import grouped_prefill, moe, prefill, routing  # noqa: E402
-from fp4bench.kernels.experts import prepare_experts  # noqa: E402
-from fp4bench.kernels.prefill_launch import PrefillConfig  # noqa: E402
-from fp4bench.models import SILU  # noqa: E402
-from fp4bench.quantize import quantize  # noqa: E402
+from fp4bench.formats import MXFP4, NVFP4
+from fp4bench.kernels import grouped_prefill, moe, prefill, routing
+from fp4bench.kernels.experts import prepare_experts
+from fp4bench.kernels.prefill_launch import PrefillConfig
+from fp4bench.models import SILU
+from fp4bench.quantize import quantize
 
 
 def compiled(form, fmt, config, activation):
@@ -54,7 +54,7 @@ def described(element, dtype, block, swizzle):
     return f"tensordesc<{element}{block},{layout!r}>"
 
 
-@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="written in Gluon as Triton 3.6 has it")
+@pytest.mark.triton_3_6
 @pytest.mark.parametrize(
     ("form", "fmt", "activation", "config"),
     [

@@ -3,24 +3,20 @@
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="needs Triton")
+pytest.importorskip("triton", reason="needs Triton")
 
-from emulating import emulate, from_ptx  # noqa: E402
+from emulating import emulate, from_ptx
 
-from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
-from fp4bench.kernels import grouped, grouped_prefill, grouped_short, moe, routing  # noqa: E402
-from fp4bench.kernels import quantize as quantization  # noqa: E402
-from fp4bench.kernels.experts import COLUMNS, prepare_experts  # noqa: E402
-from fp4bench.kernels.grouped import GroupedConfig  # noqa: E402
-from fp4bench.kernels.grouped_short import ShortConfig  # noqa: E402
-from fp4bench.kernels.moe import Layer, MoeConfig  # noqa: E402
-from fp4bench.kernels.prefill_launch import PrefillConfig  # noqa: E402
-from fp4bench.models import SILU, Activation  # noqa: E402
-from fp4bench.quantize import decode, decode_fp8_rows, quantize, quantize_fp8_rows  # noqa: E402
-
-only_in_gluon_of_3_6 = pytest.mark.skipif(
-    not triton.__version__.startswith("3.6."), reason="written in Gluon as Triton 3.6 has it"
-)
+from fp4bench.formats import MXFP4, NVFP4
+from fp4bench.kernels import grouped, grouped_prefill, grouped_short, moe, routing
+from fp4bench.kernels import quantize as quantization
+from fp4bench.kernels.experts import COLUMNS, prepare_experts
+from fp4bench.kernels.grouped import GroupedConfig
+from fp4bench.kernels.grouped_short import ShortConfig
+from fp4bench.kernels.moe import Layer, MoeConfig
+from fp4bench.kernels.prefill_launch import PrefillConfig
+from fp4bench.models import SILU, Activation
+from fp4bench.quantize import decode, decode_fp8_rows, quantize, quantize_fp8_rows
 
 SWIGLU = Activation("swiglu", 1.702, 7.0)
 
@@ -217,7 +213,7 @@ def test_a_gpu_computes_the_layer(layer, fmt):
 
 
 @pytest.mark.gpu
-@only_in_gluon_of_3_6
+@pytest.mark.triton_3_6
 @pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[1]}x{layer[2]}")
 def test_a_gpu_computes_the_layer_in_wide_blocks(layer, fmt):
@@ -225,7 +221,7 @@ def test_a_gpu_computes_the_layer_in_wide_blocks(layer, fmt):
 
 
 @pytest.mark.gpu
-@only_in_gluon_of_3_6
+@pytest.mark.triton_3_6
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[1]}x{layer[2]}")
 def test_a_gpu_computes_the_layer_in_fp8(layer):
     check(FP8, *layer, MXFP4, "cuda", fp8=True)

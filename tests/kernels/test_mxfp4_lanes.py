@@ -1,6 +1,7 @@
 """MXFP4 at the speed of memory. The inline assembly runs here, in numpy (`ptx`), a warp at a time, against the eager truth; the
 kernel around it, which Triton's interpreter cannot run because of that assembly, is compiled, and its PTX and registers are
-read. That the whole writes the right bytes to the right places is tested on a GPU, here and in test_quantize.py.
+read. That the whole writes the right bytes to the right places is tested from its PTX (`ptx_machine`), and on a GPU here and in
+test_quantize.py.
 """
 
 import numpy as np
@@ -14,6 +15,7 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 
 import ptx  # noqa: E402
 from compiling import compile_gluon, resources  # noqa: E402
+from emulating import emulate, from_ptx  # noqa: E402
 
 from fp4bench.kernels import mxfp4_lanes as kernel  # noqa: E402
 
@@ -173,18 +175,29 @@ def test_what_fits(x, rule, hadamard, whether):
     assert kernel.fits(x, rule, hadamard) is whether
 
 
+def check(m, rule, hadamard, device):
+    x = randn(m, 1280, seed=m).bfloat16()
+    assert kernel.fits(x, rule, hadamard)
+    want = quantize(x, MXFP4, rule=rule, hadamard=hadamard)
+    codes = torch.full((m + 1, 640), 0xA5, dtype=torch.uint8, device=device)
+    bytes_ = torch.full((m + 1, 40), 0xA5, dtype=torch.uint8, device=device)
+    kernel.quantize(x.to(device), codes[:m], bytes_[:m], rule, hadamard)
+    assert torch.equal(codes[:m].cpu(), want.codes)
+    assert torch.equal(bytes_[:m].cpu(), want.scales.view(torch.uint8))
+    assert torch.equal(codes[m:] ^ 0xA5, torch.zeros_like(codes[m:]))
+    assert torch.equal(bytes_[m:] ^ 0xA5, torch.zeros_like(bytes_[m:]))
+
+
 @pytest.mark.gpu
 @each_rotation
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("m", [1, 77, 9000])
 def test_a_gpu_has_the_bits_of_the_eager_truth(m, rule, hadamard):
-    x = randn(m, 1280, seed=m).bfloat16()
-    assert kernel.fits(x, rule, hadamard)
-    want = quantize(x, MXFP4, rule=rule, hadamard=hadamard)
-    codes = torch.full((m + 1, 640), 0xA5, dtype=torch.uint8, device="cuda")
-    bytes_ = torch.full((m + 1, 40), 0xA5, dtype=torch.uint8, device="cuda")
-    kernel.quantize(x.cuda(), codes[:m], bytes_[:m], rule, hadamard)
-    assert torch.equal(codes[:m].cpu(), want.codes)
-    assert torch.equal(bytes_[:m].cpu(), want.scales.view(torch.uint8))
-    assert torch.equal(codes[m:] ^ 0xA5, torch.zeros_like(codes[m:]))
-    assert torch.equal(bytes_[m:] ^ 0xA5, torch.zeros_like(bytes_[m:]))
+    check(m, rule, hadamard, "cuda")
+
+
+@from_ptx
+@pytest.mark.parametrize(("hadamard", "rule"), list(zip(ROTATIONS, (*RULES, RULES[0]), strict=True)), ids=str)
+def test_the_ptx_has_the_bits_of_the_eager_truth(hadamard, rule, monkeypatch):
+    emulate(monkeypatch, (kernel, "_quantize", ()))
+    check(77, rule, hadamard, "cpu")

@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 
 import ptx  # noqa: E402
 from compiling import compile_gluon, resources  # noqa: E402
+from emulating import emulate, from_ptx  # noqa: E402
 
 from fp4bench.kernels import nvfp4_lanes as kernel  # noqa: E402
 from fp4bench.kernels import quantize as fused  # noqa: E402
@@ -148,24 +149,36 @@ def test_what_fits(x, hadamard, whether):
     assert kernel.fits(x, hadamard) is whether
 
 
-@pytest.mark.gpu
-@each_rotation
-@pytest.mark.parametrize("given", ["number", "tensor", "largest"])
-@pytest.mark.parametrize("m", [1, 77, 9000])
-def test_a_gpu_has_the_bits_of_the_eager_truth(m, given, hadamard):
+def check(m, given, hadamard, device):
     x = randn(m, 1280, seed=m).bfloat16()
     assert kernel.fits(x, hadamard)
     s = {"number": 3.7, "tensor": torch.tensor(0.11), "largest": None}[given]
     want = eager.quantize(x, NVFP4, hadamard=hadamard, tensor_scale=s)
     # One row more than is written.
-    out = fused.empty(torch.empty(m + 1, 1280, dtype=torch.bfloat16, device="cuda"), NVFP4, hadamard=hadamard)
+    out = fused.empty(torch.empty(m + 1, 1280, dtype=torch.bfloat16, device=device), NVFP4, hadamard=hadamard)
     bytes_ = out.scales.view(torch.uint8)
     out.codes.fill_(0xA5), bytes_.fill_(0xA5)
-    source, parts, kind = fused._encode_scale_source(x.cuda(), out, s if s is None or given == "number" else s.cuda(), False)
-    kernel.quantize(x.cuda(), out.codes[:m], bytes_[:m], out.tensor_scale, source, parts, kind, hadamard)
+    s = s.to(device) if given == "tensor" else s
+    source, parts, kind = fused._encode_scale_source(x.to(device), out, s, False)
+    kernel.quantize(x.to(device), out.codes[:m], bytes_[:m], out.tensor_scale, source, parts, kind, hadamard)
     assert kind == given
     assert out.tensor_scale == want.tensor_scale
     assert torch.equal(out.codes[:m].cpu(), want.codes)
     assert torch.equal(bytes_[:m].cpu(), want.scales.view(torch.uint8))
     assert (out.codes[m:] == 0xA5).all()
     assert (bytes_[m:] == 0xA5).all()
+
+
+@pytest.mark.gpu
+@each_rotation
+@pytest.mark.parametrize("given", ["number", "tensor", "largest"])
+@pytest.mark.parametrize("m", [1, 77, 9000])
+def test_a_gpu_has_the_bits_of_the_eager_truth(m, given, hadamard):
+    check(m, given, hadamard, "cuda")
+
+
+@from_ptx
+@pytest.mark.parametrize(("hadamard", "given"), list(zip(ROTATIONS, ["largest", "number", "tensor"], strict=True)), ids=str)
+def test_the_ptx_has_the_bits_of_the_eager_truth(hadamard, given, monkeypatch):
+    emulate(monkeypatch, (kernel, "_quantize", ()), (kernel, "_largest_of_all", ()), (fused, "largest_of_tiles", ()))
+    check(77, given, hadamard, "cpu")

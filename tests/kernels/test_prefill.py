@@ -166,7 +166,7 @@ def stack_bytes(binary, tmp_path):
     return int(re.search(r"STACK:(\d+)", done.stdout)[1])
 
 
-@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="written in Gluon as Triton 3.6 has it")
+@pytest.mark.triton_3_6
 @pytest.mark.parametrize(
     ("form", "fmt", "config", "shape"),
     [
@@ -213,7 +213,7 @@ def shipped():
     return sorted(((*key, one) for key, some in found.items() for one in some - {"one"} or some), key=str)
 
 
-@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="launches were tuned with Triton 3.6")
+@pytest.mark.triton_3_6
 @pytest.mark.parametrize(("form", "fmt", "config", "sharers"), shipped(), ids=str)
 def test_no_shipped_launch_spills(form, fmt, config, sharers, tmp_path):
     assert stack_bytes(compiled(form, FORMATS[fmt], config, form == "e4m3", sharers), tmp_path) == 0
@@ -306,7 +306,7 @@ LARGE = [
 device = devices((prefill, "wgmma_product", ("words", "scales")), counting=[prefill])
 
 
-@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="written in Gluon as Triton 3.6 has it")
+@pytest.mark.triton_3_6
 @pytest.mark.parametrize(
     ("form", "fmt", "n", "k", "m", "config"), SMALL + [pytest.param(*case, marks=pytest.mark.gpu) for case in LARGE]
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ptx_machine.values import COMPARISONS, UNSIGNED, bits_of, converted
+from ptx_machine.values import COMPARISONS, UNSIGNED, bits_of, converted, numbers
 
 
 def _mov(warps, one, active):
@@ -38,7 +38,10 @@ def _setp(warps, one, active):
 
 def _cvt(warps, one, active):
     to, source = one.opcode[-2:]
-    if to.endswith("x2"):  # the first operand is the upper half
+    if (to, source) == ("f16x2", "e4m3x2"):
+        halves = numbers(warps.read(one.operands[1], "b16").astype(np.uint32), "e4m3")[:2].astype(np.float16)
+        warps.write(one.operands[0], np.ascontiguousarray(halves.T).view(np.uint32).reshape(-1), "b32", active)
+    elif to.endswith("x2"):  # the first operand is the upper half
         high, low = (converted(warps.read(word, source), source, to[:-2]) for word in one.operands[1:])
         pair = np.ascontiguousarray(np.stack([low, high], axis=1))
         kind = f"b{16 * pair.itemsize}"

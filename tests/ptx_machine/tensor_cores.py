@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import ptx
-import torch
 
 from ptx_machine.copies import swizzled
 from ptx_machine.memory import RaceError
+from ptx_machine.values import numbers
 
-_NUMBERS = {"bf16": torch.bfloat16, "f16": torch.float16, "e4m3": torch.float8_e4m3fn}
 _SWIZZLE = {0: 0, 1: 128, 2: 64, 3: 32}  # bytes, by the number in a descriptor of shared memory
 
 
@@ -48,13 +47,6 @@ class _Product:
         addresses, read, threads = self.reads
         theirs = np.isin(threads // 32, warps)
         return _Product(self.registers, (addresses[theirs], read[theirs], threads[theirs]))
-
-
-def numbers(register, kind):
-    """Both halves or all four bytes of a register, the lowest first: (2 or 4, threads) float64."""
-    dtype = _NUMBERS[kind]
-    packed = torch.from_numpy(np.ascontiguousarray(register, np.uint32).view(np.uint8).copy()).view(dtype)
-    return packed.double().numpy().reshape(len(register), -1).T
 
 
 def _left(warps, words, kind):

@@ -14,6 +14,7 @@ import torch
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
+_PACKED = {**HALVES, "e4m3": torch.float8_e4m3fn}
 
 
 @cache
@@ -41,6 +42,12 @@ def as_register(numbers, kind):
     return numbers.view(UNSIGNED[8 * numbers.dtype.itemsize]).astype(UNSIGNED[bits_of(kind)])
 
 
+def numbers(register, kind):
+    """Both halves or all four bytes of a register, the lowest first: (2 or 4, threads) float64."""
+    packed = torch.from_numpy(np.ascontiguousarray(register, np.uint32).view(np.uint8).copy()).view(_PACKED[kind])
+    return packed.double().numpy().reshape(len(register), -1).T
+
+
 def converted(numbers, source, to):
     """Numbers of one type as those of another, by `cvt`."""
     if source == "f32" and to in HALVES:
@@ -62,6 +69,10 @@ def function_of(opcode):
     if (whole := ".".join(opcode)) in _OF_WORDS:
         return ptx.INSTRUCTIONS[whole], ("b32",) * 4, "b32"
     name, modifiers, kind = opcode[0], opcode[1:-1], opcode[-1]
+    if opcode == ("max", "NaN", "bf16"):
+        return _maximum_of_bf16, ("b16",) * 2, "b16"
+    if kind in HALVES or kind.endswith("x2"):
+        raise NotImplementedError(whole)
     if opcode[:2] == ("mul", "hi"):
         return _upper_half, (kind,) * 2, kind
     if name not in _FUNCTIONS or not set(modifiers) <= _MODIFIERS:
@@ -78,6 +89,10 @@ def _of_twice_the_size(compute):
         return compute(a.astype(size), b.astype(size), *sum_of)
 
     return of_wide
+
+
+def _maximum_of_bf16(a, b):
+    return converted(np.maximum(*(converted(bits, "bf16", "f32") for bits in (a, b))), "f32", "bf16")
 
 
 def _upper_half(a, b):
@@ -136,4 +151,5 @@ _FUNCTIONS = {
 # That change nothing here: low halves of products are what integers of numpy keep.
 _MODIFIERS = {"lo", "wide", "rn", "full", "approx"}
 # Instructions on whole words that inline assembly has too.
-_OF_WORDS = {"shf.r.wrap.b32", "prmt.b32", "lop3.b32", "mul.rn.bf16x2", "mul.rn.f16x2", "max.NaN.f32"}
+_OF_WORDS = {"shf.r.wrap.b32", "prmt.b32", "lop3.b32", "mul.rn.f16x2", "max.NaN.f32", "min.u16x2", "max.u16x2"}
+_OF_WORDS |= {f"{name}.bf16x2" for name in ("mul.rn", "fma.rn", "abs", "min", "max", "max.NaN")}
