@@ -186,6 +186,7 @@ INSTRUCTIONS = {
     "max.NaN.bf16x2": _minmax(torch.maximum),
     "abs.bf16x2": lambda a: a & np.uint32(0x7FFF7FFF),
     "fma.rn.bf16x2": _fma,
+    "add.s16x2": lambda a, b: (a.view(np.uint16) + b.view(np.uint16)).view(np.uint32),
     "min.u16x2": lambda a, b: np.minimum(a.view(np.uint16), b.view(np.uint16)).view(np.uint32),
     "max.u16x2": lambda a, b: np.maximum(a.view(np.uint16), b.view(np.uint16)).view(np.uint32),
     "add.rn.f32": _float32(np.add),

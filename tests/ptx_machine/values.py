@@ -151,5 +151,5 @@ _FUNCTIONS = {
 # That change nothing here: low halves of products are what integers of numpy keep.
 _MODIFIERS = {"lo", "wide", "rn", "full", "approx"}
 # Instructions on whole words that inline assembly has too.
-_OF_WORDS = {"shf.r.wrap.b32", "prmt.b32", "lop3.b32", "mul.rn.f16x2", "max.NaN.f32", "min.u16x2", "max.u16x2"}
+_OF_WORDS = {"shf.r.wrap.b32", "prmt.b32", "lop3.b32", "mul.rn.f16x2", "max.NaN.f32", "add.s16x2", "min.u16x2", "max.u16x2"}
 _OF_WORDS |= {f"{name}.bf16x2" for name in ("mul.rn", "fma.rn", "abs", "min", "max", "max.NaN")}
