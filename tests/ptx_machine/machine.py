@@ -33,6 +33,6 @@ class Machine:
             ready = [part for part in parts if part.may_go_on]
             if not ready:
                 raise RuntimeError("all warps wait at barriers")
+            parts = [part for part in parts if part not in ready]
             for part in ready:
                 parts += part.run()
-            parts = [part for part in parts if not part.done]

@@ -20,13 +20,14 @@ class Groups:
     asked: list = field(default_factory=list)
     groups: list = field(default_factory=list)
 
-    @property
-    def registers(self):
-        """That are neither to be read nor written."""
-        return self._registers if self.asked or self.groups else ()
-
     def __post_init__(self):
-        self._registers = {word for group in (*self.groups, self.asked) for product in group for word in product.registers}
+        self.update()
+
+    def update(self):
+        """Note which registers are not to be read, `sums`, and which not to be written, `registers`."""
+        pending = [product for group in (*self.groups, self.asked) for product in group]
+        self.sums = {word for product in pending for word in product.sums}
+        self.registers = self.sums | {word for product in pending for word in product.operands}
 
     def check_over(self):
         assert not self.asked, "wgmma are in no group when the kernel ends"
@@ -38,15 +39,16 @@ class Groups:
 
 @dataclass(frozen=True)
 class _Product:
-    """registers: all that it has. reads: (addresses, bytes, threads) of what it reads of shared memory."""
+    """sums, operands: its registers. reads: (addresses, bytes, threads) of what it reads of shared memory."""
 
-    registers: frozenset
+    sums: tuple
+    operands: tuple
     reads: tuple
 
     def of(self, warps):
         addresses, read, threads = self.reads
         theirs = np.isin(threads // 32, warps)
-        return _Product(self.registers, (addresses[theirs], read[theirs], threads[theirs]))
+        return _Product(self.sums, self.operands, (addresses[theirs], read[theirs], threads[theirs]))
 
 
 def _left(warps, words, kind):
@@ -99,7 +101,7 @@ def _wgmma(warps, one, active):
     elif one.opcode[1] == "wait_group":
         while len(products.groups) > int(one.operands[0]):
             _check_unchanged(warps, products.groups.pop(0))
-        products.__post_init__()
+        products.update()
     elif one.opcode[1] == "mma_async":
         _start(warps, one, active)
 
@@ -112,23 +114,26 @@ def _start(warps, one, active):
     assert [int(sign) for sign in signs] in ([1, 1], [1, 1, 0]), "signs, and whether B lies along n"
     groups = warps.warps.reshape(-1, 4)
     assert (groups % 4 == np.arange(4)).all(), "not whole warpgroups"
-    before, products = warps.products, warps.products
-    # Sums that another wgmma adds to may be added to again, in the order of the program.
-    warps.products = Groups()
-    assert not any(set(a) & product.registers for group in (*before.groups, before.asked) for product in group)
-    left, sums = _left(warps, a, kind), _sums(warps, d)
-    places = _rows_of_b(warps.read(descriptor, "u64").reshape(-1, 128)[:, 0], n)  # warpgroup, n, 4-byte pieces
-    threads = np.repeat(32 * groups[:, 0], places[0].size)
-    read = warps.shared.read(places.reshape(-1), 4, threads)
-    right = numbers(np.ascontiguousarray(read).view(np.uint32).reshape(-1), kind).T.reshape(len(groups), n, -1)
-    scale = warps.read(scale_d, "pred").reshape(-1, 32)[:, 0, None, None]
+    reads = _read_b(warps, groups, descriptor, n)
+    right = numbers(np.ascontiguousarray(reads[1]).view(np.uint32).reshape(-1), kind).T.reshape(len(groups), n, -1)
+    left, scale = _left(warps, a, kind), warps.read(scale_d, "pred").reshape(-1, 32)[:, 0, None, None]
+    # Sums of a wgmma that is not waited for may be added to again: they are added in the order of the program.
+    products, warps.products = warps.products, Groups()
+    sums = _sums(warps, d)
     with np.errstate(all="ignore"):
         product = left.reshape(len(groups), 64, -1) @ right.transpose(0, 2, 1)
         sums = (np.where(scale, sums, 0) + product.reshape(sums.shape)).astype(np.float32)
     _write_sums(warps, d, sums, active)
     warps.products = products
-    products.asked.append(_Product(frozenset((*d, *a)), (places.reshape(-1), read, threads)))
-    products.__post_init__()
+    products.asked.append(_Product(d, a, reads))
+    products.update()
+
+
+def _read_b(warps, groups, descriptor, n):
+    """What each warpgroup reads, by its first thread: (addresses, bytes, threads), warpgroup by warpgroup, n, 4-byte pieces."""
+    places = _rows_of_b(warps.read(descriptor, "u64").reshape(-1, 128)[:, 0], n)
+    addresses, threads = places.reshape(-1), np.repeat(32 * groups[:, 0], places[0].size)
+    return addresses, warps.shared.read(addresses, 4, threads), threads
 
 
 def _rows_of_b(descriptors, n):

@@ -18,7 +18,7 @@ _INSTRUCTIONS = {
 class Warps:
     """Some warps of CTAs that run at once, counted through all of them. They share their place in the program.
 
-    After `run` they either are `done` or wait for something, and run again when they `may_go_on`.
+    `run` ends when they have ended, wait for something, or go different ways.
     """
 
     def __init__(self, machine, warps, at=0):
@@ -35,8 +35,7 @@ class Warps:
     # --- Control ------------------------------------------------------------------------------------------------------------
 
     @property
-    def done(self):
-        """Whether they have ended."""
+    def _done(self):
         return self._at >= len(self.program.instructions)
 
     @property
@@ -56,21 +55,23 @@ class Warps:
         self._at -= again
 
     def run(self):
-        """-> warps that have gone another way."""
+        """-> what is to be run on: these, the parts that they have become, or nothing."""
         self._may_go_on = None
-        others = []
-        while not (self.done or self._may_go_on or others):
+        while not (self._done or self._may_go_on):
             one = self.program.instructions[self._at]
             self._at += 1
             active = self._active(one)
             if one.opcode[0] in ("bra", "brx", "ret"):
-                others = self._go(self._targets(one, active))
+                parts = self._go(self._targets(one, active))
+                if parts:
+                    return parts
             elif active is self._everyone or active.any():
                 self._execute(one, active)
-        if self.done:
-            self.copies.check_over()
-            self.products.check_over()
-        return others
+        if not self._done:
+            return [self]
+        self.copies.check_over()
+        self.products.check_over()
+        return []
 
     def _active(self, one):
         """Which threads execute it: `_everyone` itself where all do."""
@@ -89,16 +90,14 @@ class Warps:
         return np.where(active, self.program.labels[one.operands[0]], self._at) if active.any() else np.full(1, self._at)
 
     def _go(self, targets):
-        """-> the warps that go elsewhere than the first of them."""
+        """Go there. -> the parts that they become where these are several places."""
         if (targets == targets[0]).all():
             self._at = targets[0]
             return []
         of_warp = targets.reshape(-1, 32)
         if (of_warp != of_warp[:, :1]).any():
             raise NotImplementedError("threads of a warp go different ways")
-        parts = [self._part(of_warp[:, 0] == target, target) for target in np.unique(of_warp)]
-        self.__dict__.update(vars(parts[0]))
-        return parts[1:]
+        return [self._part(of_warp[:, 0] == target, target) for target in np.unique(of_warp)]
 
     def _part(self, which, at):
         part = Warps(self.machine, self.warps[which], at)
@@ -125,7 +124,7 @@ class Warps:
     def read(self, word, kind):
         """An operand as numbers of a type."""
         if word in self._registers:
-            if word in self.products.registers:
+            if word in self.products.sums:
                 raise RaceError(f"{word} is read before its wgmma is waited for")
             return read_as(self._registers[word], kind)
         if word.startswith("0f"):
