@@ -185,6 +185,15 @@ def test_warps_that_go_different_ways_meet_at_a_barrier():
         run_text(body.replace("bar.sync 0;", ""), torch.zeros(64, dtype=torch.int32))
 
 
+def test_sums_of_all_warps_are_read_behind_a_barrier_of_all():
+    add = "setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.b32 [0], 0; bar.sync 0; atom.shared.add.u32 %r2, [0], 1;"
+    read = " bar.sync 0; ld.shared.b32 %r3, [0];" + STORE.format("%r3")
+    assert set(run_text(add + read, torch.zeros(64, dtype=torch.int32)).tolist()) == {64}
+    for less in (read.replace("bar.sync", "bar.warp.sync"), read.replace(" bar.sync 0;", "")):
+        with pytest.raises(RaceError, match="wrote is read"):
+            run_text(add + less, torch.zeros(64, dtype=torch.int32))
+
+
 def test_a_warp_that_waits_for_ever_is_seen():
     body = "setp.lt.u32 %p1, %r0, 32; @%p1 bra $over; bar.sync 0; $over: add.u32 %r2, %r0, 1;"
     with pytest.raises(RuntimeError, match="wait"):

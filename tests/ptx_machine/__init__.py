@@ -1,4 +1,4 @@
-"""A compiled kernel, run from its PTX in numpy: all threads of a CTA an instruction at a time, one CTA after the other.
+"""A compiled kernel, run from its PTX in numpy: threads of many CTAs an instruction at a time.
 
 It runs the text that ptxas is given, so that what a GPU would compute is tested without one, and it is stricter than a GPU. It
 raises where a kernel
@@ -7,6 +7,9 @@ raises where a kernel
 - reads shared memory that another thread wrote, or overwrites what another reads, with no barrier between, reads what
   `cp.async` has not brought yet, or what another CTA writes (`RaceError`);
 - reads what the kernel before may still write, or writes, before `griddepcontrol.wait` (`TooEarlyError`).
+
+It does not see one CTA read what another writes later, threads of a CTA that race in global memory, or a `fence` that is
+missing; lanes of a warp arrive at an mbarrier together; and a tensor ends where its storage does.
 
 Shared memory that was not written is NaN. A branch that threads of a warp take differently is not run. Instructions mean what
 the PTX ISA 8.x says in section 9.7; one that is not here raises. Approximate functions are exact here, and the sums of an `mma`
@@ -30,8 +33,8 @@ __all__ = ["Emulated", "OutOfBoundsError", "RaceError", "TooEarlyError", "run"]
 _AT_ONCE = 64  # CTAs: an instruction of a few hundred threads costs numpy as much as one of thousands
 _OPTIONS = ("num_warps", "launch_pdl", "maxnreg", "num_stages", "enable_fp_fusion")  # of the compiler, None: its own choice
 _POINTED = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
-_MAPS = 1 << 40  # where tensor maps would be
 _POINTED |= {torch.uint8: "u8", torch.int16: "i16", torch.float8_e4m3fn: "fp8e4nv"}
+_MAPS = 1 << 40  # where tensor maps would be
 
 
 class Emulated:

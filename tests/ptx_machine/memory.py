@@ -140,6 +140,7 @@ class SharedMemory:
         self._reader = np.full(size * ctas, _NOBODY)  # the last one
         self._read_at = np.zeros((size * ctas, warps), np.int16)  # by each warp
         self._asked = np.zeros(size * ctas, bool)  # by cp.async
+        self._added_at = {}  # clocks of the warps that have added to a byte, whose writer is all of them
         self._clock, self._waited_at = np.ones((ctas, warps), np.int32), np.zeros((ctas, warps), np.int32)
         self._known = np.zeros((ctas, warps, warps), np.int32)
 
@@ -147,7 +148,7 @@ class SharedMemory:
         """Warps, counted through all CTAs, have waited for the kernel before."""
         cta, warp = warps // self._warps, warps % self._warps
         self._waited_at[cta, warp] = self._clock[cta, warp]
-        self._clock[cta, warp] += 1
+        self._tick(cta, warp)
 
     def know_of_wait(self, warps):
         """Whether each of them has waited for the kernel before, or has been told by one that has."""
@@ -161,20 +162,20 @@ class SharedMemory:
         together = self._known[cta, warps].max(axis=0)
         together[warps] = self._clock[cta, warps]
         self._known[cta, warps] = together
-        self._clock[cta, warps] += 1
+        self._tick(cta, warps)
 
     def warp_barrier(self, warps):
         """warps: counted through all CTAs."""
         cta, warp = warps // self._warps, warps % self._warps
         self._known[cta, warp, warp] = self._clock[cta, warp]
-        self._clock[cta, warp] += 1
+        self._tick(cta, warp)
 
     def tell(self, thread, known=None):
         """What the warp of a thread knows and does until now, added to `known`. -> its clock, and clocks of all warps."""
         cta, warp = divmod(thread // 32, self._warps)
         clocks = self._known[cta, warp].copy()
         clocks[warp] = self._clock[cta, warp]
-        self._clock[cta, warp] += 1
+        self._tick(cta, warp)
         return clocks[warp], clocks if known is None else np.maximum(known, clocks)
 
     def learn(self, thread, clocks):
@@ -222,11 +223,22 @@ class SharedMemory:
         """Atomically, uint32. -> what was there."""
         threads = np.array([thread])
         places = self._within(np.array([address]), 4, threads)
+        self._check_read(places, threads)
         self._check_written(places, threads, unless=self._writer[places] == _ALL)
+        if (self._writer[places] != _ALL).any():
+            self._added_at.update((place, np.zeros(self._warps, np.int32)) for place in places[0])
         before = self._bytes[places].view(np.uint32)[0, 0]
         self._store(places, np.array([[before + value]], np.uint32).view(np.uint8), threads)
         self._writer[places] = _ALL
+        cta, warp = divmod(thread // 32, self._warps)
+        for place in places[0]:
+            self._added_at[place][warp] = self._clock[cta, warp]
         return before
+
+    def _tick(self, cta, warp):
+        self._clock[cta, warp] += 1
+        if self._clock.max() > np.iinfo(self._read_at.dtype).max:
+            raise NotImplementedError("more barriers than a clock counts")
 
     def _within(self, addresses, size, threads):
         return _places(addresses, size, self._size) + (threads // (32 * self._warps) * self._size)[:, None]
@@ -247,6 +259,8 @@ class SharedMemory:
         writer = self._writer[places]
         cta, warp = self._who(threads)
         known = self._written_at[places] <= self._known[cta, warp, writer // 32 % self._warps]
+        for row, column in np.argwhere(writer == _ALL):
+            known[row, column] = (self._added_at[places[row, column]] <= self._known[cta[row, 0], warp[row, 0]]).all()
         if not (known | (writer == _NOBODY) | (writer == threads[:, None]) | unless).all():
             raise RaceError("what another thread wrote is read or overwritten, and no barrier is between")
 
