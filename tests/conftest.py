@@ -13,11 +13,15 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 def pytest_collection_modifyitems(items):
     import torch  # here, so that `pytest --help`, which two tests read, takes 0.5 s and not 2
 
-    here = {"gpu": torch.cuda.is_available(), "triton_3_6": _triton_version().startswith("3.6.")}
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "needs a CUDA GPU"
+    if not _triton_version().startswith("3.6."):
+        missing["triton_3_6"] = "needs Triton 3.6"
     for item in items:
-        for name in here:
-            if item.get_closest_marker(name) and not here[name]:
-                item.add_marker(pytest.mark.skip(reason={"gpu": "needs a CUDA GPU", "triton_3_6": "needs Triton 3.6"}[name]))
+        for name, reason in missing.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _triton_version():

@@ -32,13 +32,13 @@ def emulate(monkeypatch, *kernels, counting=()):
         monkeypatch.setattr(module, "count_sms", lambda device: SMS)
 
 
-def devices(*kernels, counting=()):
+def devices(*kernels):
     """A fixture: "cuda", or "cpu", where `kernels` run from their PTX."""
 
     @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=_FROM_PTX, id="ptx")])
     def device(request, monkeypatch):
         if request.param == "cpu":
-            emulate(monkeypatch, *kernels, counting=counting)
+            emulate(monkeypatch, *kernels)
         return request.param
 
     return device

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from emulating import devices  # noqa: E402
+from emulating import emulate, from_ptx  # noqa: E402
 
 from fp4bench.devices import Device  # noqa: E402
 from fp4bench.formats import FORMATS, MXFP4, NVFP4  # noqa: E402
@@ -195,12 +196,8 @@ def test_it_compiles_to_wgmma_with_weights_in_registers(form, fmt, config, shape
 
 
 def shipped():
-    """Kernels of the packaged tables: what it multiplies as, its format, launch, and how many CTAs share a tile.
-
-    Of those that differ in stages and groups alone one, whose registers are the same, and none whose CTAs share no tile where
-    one has more to do.
-    """
-    found = {}
+    """Each kernel of the packaged tables: what it multiplies as, its format, launch, and how many CTAs share a tile."""
+    found = set()
     for entry in (entry for table in configs.tables_of(H200) for entry in table.entries):
         if not isinstance(entry.launch, PrefillConfig):
             continue
@@ -208,9 +205,8 @@ def shipped():
         weight = SimpleNamespace(tiles=-(-work.n // 16), units=-(-work.k // 64))
         for first, last, launch in prefill.shares(work.m, weight, entry.launch, 132):
             sharers = Schedule.of(work.m, last - first, weight.units, launch, 132).sharers
-            launch = replace(launch, stages=4, group=8, streamed=True, pairs=False)
-            found.setdefault((work.operand, work.format, launch), set()).add(sharers)
-    return sorted(((*key, one) for key, some in found.items() for one in some - {"one"} or some), key=str)
+            found.add((work.operand, work.format, replace(launch, streamed=True, pairs=False), sharers))
+    return sorted(found, key=str)
 
 
 @pytest.mark.triton_3_6
@@ -264,6 +260,39 @@ def test_both_launches_write_their_rows_of_the_output(monkeypatch):
 
 
 LOW = PrefillConfig(rows=64, depth=128, stages=8, streamed=False, along_k=True)  # a tail's
+CASES = [
+    ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64, streamed=False)),
+    ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
+    ("bf16", NVFP4, 256, 512, 64, PrefillConfig(columns=64)),
+    ("fp16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
+    ("bf16", MXFP4, 1000, 1056, 37, PrefillConfig(columns=32)),
+    ("bf16", MXFP4, 1000, 1056, 37, PrefillConfig(columns=64, rows=256, warpgroups=4)),
+    ("e4m3", MXFP4, 1000, 1024, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
+    ("bf16", NVFP4, 136, 320, 129, PrefillConfig(columns=128)),
+    ("bf16", MXFP4, 1024, 4096, 16, PrefillConfig(columns=16, rows=64, warpgroups=1, ctas=2)),
+    ("bf16", MXFP4, 1000, 1056, 13, PrefillConfig(rows=64, columns=16, along_k=True)),
+    ("bf16", NVFP4, 20480, 1000, 60, PrefillConfig(rows=64, columns=64, warpgroups=4, streamed=False, along_k=True)),
+    ("bytes", MXFP4, 20480, 1000, 32, PrefillConfig(rows=64, columns=32, depth=128, stages=6, along_k=True)),
+    ("bytes", MXFP4, 8192, 2048, 8, PrefillConfig(rows=64, columns=8, depth=256, stages=2, ctas=2, along_k=True)),
+    ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=256)),
+    ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=128, rows=256)),
+    ("e4m3", MXFP4, 256, 512, 64, PrefillConfig(columns=64, depth=128)),
+    ("e4m3", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
+    ("bytes", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
+    ("bytes", MXFP4, 1000, 1024, 7, PrefillConfig(columns=8, rows=64, depth=256, warpgroups=1, ctas=2)),
+    ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128)),
+    ("bytes", MXFP4, 10240, 1024, 512, PrefillConfig(columns=256, depth=128, tail=PrefillConfig(columns=64, depth=128))),
+    ("bytes", MXFP4, 10232, 1000, 500, PrefillConfig(columns=256, depth=128, tail=LOW)),
+    ("bf16", NVFP4, 10232, 1024, 1000, PrefillConfig(columns=256, tail=PrefillConfig())),
+    ("bf16", MXFP4, 200, 1000, 300, PrefillConfig(rows=64, streamed=True, along_k=True)),
+    ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128, stages=5, pairs=True)),
+    ("bf16", NVFP4, 10232, 1024, 500, PrefillConfig(columns=256, pairs=True)),
+    ("fp16", MXFP4, 20472, 1056, 300, PrefillConfig(rows=256, pairs=True)),
+    ("bytes", MXFP4, 20472, 1000, 60, PrefillConfig(rows=64, columns=64, depth=128, warpgroups=1, ctas=2, pairs=True)),
+    ("bytes", MXFP4, 1000, 1024, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
+    *(("bf16", fmt, 1000, 1056, m, prefill_launch.default_config(m)) for fmt in (MXFP4, NVFP4) for m in (17, 60, 100, 300)),
+]
+# For four SMs.
 SMALL = [
     ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64, streamed=False)),
     ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
@@ -285,32 +314,9 @@ SMALL = [
     ("bf16", MXFP4, 1032, 96, 300, PrefillConfig(columns=256, tail=PrefillConfig(rows=64, along_k=True))),
     *(("bf16", fmt, 520, 544, m, prefill_launch.default_config(m)) for fmt in (MXFP4, NVFP4) for m in (17, 100)),
 ]
-LARGE = [
-    ("bf16", MXFP4, 1024, 4096, 16, PrefillConfig(columns=16, rows=64, warpgroups=1, ctas=2)),
-    ("bf16", NVFP4, 20480, 1000, 60, PrefillConfig(rows=64, columns=64, warpgroups=4, streamed=False, along_k=True)),
-    ("bytes", MXFP4, 20480, 1000, 32, PrefillConfig(rows=64, columns=32, depth=128, stages=6, along_k=True)),
-    ("bytes", MXFP4, 8192, 2048, 8, PrefillConfig(rows=64, columns=8, depth=256, stages=2, ctas=2, along_k=True)),
-    ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=256)),
-    ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=128, rows=256)),
-    ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128)),
-    ("bytes", MXFP4, 10240, 1024, 512, PrefillConfig(columns=256, depth=128, tail=PrefillConfig(columns=64, depth=128))),
-    ("bytes", MXFP4, 10232, 1000, 500, PrefillConfig(columns=256, depth=128, tail=LOW)),
-    ("bf16", NVFP4, 10232, 1024, 1000, PrefillConfig(columns=256, tail=PrefillConfig())),
-    ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128, stages=5, pairs=True)),
-    ("bf16", NVFP4, 10232, 1024, 500, PrefillConfig(columns=256, pairs=True)),
-    ("fp16", MXFP4, 20472, 1056, 300, PrefillConfig(rows=256, pairs=True)),
-    ("bytes", MXFP4, 20472, 1000, 60, PrefillConfig(rows=64, columns=64, depth=128, warpgroups=1, ctas=2, pairs=True)),
-    *(("bf16", fmt, 1000, 1056, m, prefill_launch.default_config(m)) for fmt in (MXFP4, NVFP4) for m in (60, 300)),
-]
-
-device = devices((prefill, "wgmma_product", ("words", "scales")), counting=[prefill])
 
 
-@pytest.mark.triton_3_6
-@pytest.mark.parametrize(
-    ("form", "fmt", "n", "k", "m", "config"), SMALL + [pytest.param(*case, marks=pytest.mark.gpu) for case in LARGE]
-)
-def test_its_products_are_right_and_the_same_each_time(form, fmt, n, k, m, config, device):
+def check(form, fmt, n, k, m, config, device):
     torch.manual_seed(n + k + m)
     form, order = ("e4m3", WordOrder.BYTES) if form == "bytes" else (form, WordOrder.HALVES)
     dtype = next(dtype for dtype, name in prefill._FORMS.items() if name == form)
@@ -334,3 +340,20 @@ def test_its_products_are_right_and_the_same_each_time(form, fmt, n, k, m, confi
     assert all(torch.equal(outs[0], out) for out in outs)
     # Rounding to bfloat16 alone is 0.0017 (0.0002 for float16); FP8 tensor cores add some 0.0003 (NVIDIA H200).
     assert (outs[0].double() - want).norm() / want.norm() < 2.5e-3
+
+
+each_product = partial(pytest.mark.parametrize, ("form", "fmt", "n", "k", "m", "config"))
+
+
+@pytest.mark.gpu
+@pytest.mark.triton_3_6
+@each_product(CASES)
+def test_its_products_are_right_and_the_same_each_time(form, fmt, n, k, m, config):
+    check(form, fmt, n, k, m, config, "cuda")
+
+
+@from_ptx
+@each_product(SMALL)
+def test_the_ptx_computes_its_products(form, fmt, n, k, m, config, monkeypatch):
+    emulate(monkeypatch, (prefill, "wgmma_product", ("words", "scales")), counting=[prefill])
+    check(form, fmt, n, k, m, config, "cpu")
