@@ -4,7 +4,7 @@ A table stands between a comment that says what it is of and `<!-- end -->`:
 
     <!-- kernels WORDS -->     what `fp4bench report --kernels WORDS` prints; `compare` likewise
     <!-- runs MACHINE -->      what `fp4bench report --machine MACHINE` prints, without its heading
-    <!-- spread MACHINE -->    the first table that it prints with --spread
+    <!-- spread MACHINE -->    the first table that it prints with --spread; `MACHINE --cards UUID ...` with that too
     <!-- cards MACHINE -->     and the second, card by card
 
 ` | ROW ...` behind the words leaves only the rows that one of these names in its first two cells. Paths in WORDS are from the
@@ -20,7 +20,6 @@ from pathlib import Path
 from fp4bench import cli
 from fp4bench.cli import report as cli_report
 from fp4bench.evidence import repeats
-from fp4bench.evidence.baselines import accepted
 from fp4bench.evidence.report import accepted_runs
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +56,8 @@ def _made(kind, words):
 def _lines(kind, first, *others):
     if kind in ("kernels", "compare"):
         return cli_report.lines(cli.parser().parse_args(["report", f"--{kind}", first, *others]))
-    baseline = accepted(Path("baselines") / first, first)
+    spread = ["--spread"] if others else []
+    (baseline,) = cli_report.baselines(cli.parser().parse_args(["report", "--machine", first, *spread, *others]))
     if kind == "runs":
         return accepted_runs(baseline)
     if kind == "cards":

@@ -19,6 +19,7 @@ from fp4bench.evidence.unfinished import as_run
 _CHOICE = ("formats", "modes", "batch_sizes")
 # Which options go with which report.
 _BESIDE = {
+    "spread": ("cards",),
     "side_by_side": ("against", "do_bench", "verdicts", "json"),
     "throughput": ("plots", "csv", *_CHOICE),
     "frontier": ("json", *_CHOICE),
@@ -48,6 +49,9 @@ def add_parser(commands: Any) -> None:
     _add_providers(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="a new file for what --side-by-side or --frontier found")
     parser.add_argument("--machine", help="a folder of baselines/ (all of them)")
+    parser.add_argument(
+        "--cards", nargs="+", metavar="UUID", help="--spread: runs of these cards alone, by how their UUIDs begin (all)"
+    )
     parser.add_argument("--folder", type=Path, default=Path("baselines"), help="of all baselines (baselines)")
     parser.set_defaults(run=run)
 
@@ -112,7 +116,7 @@ def _refuse_strays(args: argparse.Namespace) -> None:
     allowed = next((names for report, names in _BESIDE.items() if getattr(args, report)), ())
     for stray in dict.fromkeys(name for names in _BESIDE.values() for name in names):
         if getattr(args, stray) and stray not in allowed:
-            theirs = " or ".join(f"{_option(report)} RUN.json" for report, names in _BESIDE.items() if stray in names)
+            theirs = " or ".join(_asked_by(report) for report, names in _BESIDE.items() if stray in names)
             raise ValueError(f"{_option(stray)} goes with {theirs}")
 
 
@@ -120,10 +124,14 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _asked_by(report: str) -> str:
+    return _option(report) if report == "spread" else f"{_option(report)} RUN.json"
+
+
 def _machines(args: argparse.Namespace) -> list[str]:
     show = _spread if args.spread else accepted_runs
     found: list[str] = []
-    for baseline in _baselines(args):
+    for baseline in baselines(args):
         found += [*([""] * 2 if found else []), f"### {baseline.runs[-1].machine_info['machine']}", "", *show(baseline)]
     return found
 
@@ -170,13 +178,14 @@ def _joined(args: argparse.Namespace, paths: Sequence[Path]) -> Results:
     return join([parse(as_run(path) if path.suffix == ".jsonl" else read(path), path) for path in paths], choice)
 
 
-def _baselines(args: argparse.Namespace) -> list[Baseline]:
+def baselines(args: argparse.Namespace) -> list[Baseline]:
+    """Those of the machines and cards that were asked for. Raises ValueError where there are none."""
     folders = [args.folder / args.machine] if args.machine else sorted(f for f in args.folder.glob("*") if stored_files(f))
     found = [baseline for folder in folders if (baseline := accepted(folder, folder.name))]
     if not found:
         where = args.folder / args.machine if args.machine else args.folder
         raise ValueError(f"no accepted run in {where}: take one in with fp4bench accept, or name its place with --folder")
-    return found
+    return [baseline.of_cards(args.cards) for baseline in found] if args.cards else found
 
 
 def _side_by_side(args: argparse.Namespace) -> list[str]:

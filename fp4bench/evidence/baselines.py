@@ -121,6 +121,22 @@ class Baseline:
         """The same runs, for a run of this card, timed in this way."""
         return Baseline(self.runs, card, pace, warm)
 
+    def of_cards(self, names: Sequence[str]) -> "Baseline":
+        """The runs of these cards alone, each named by how its UUID begins, with or without `GPU-`.
+
+        Raises BaselineError for a name that is of no card, or of several.
+        """
+        wanted = {self._card_named(name) for name in names}
+        return replace(self, runs=tuple(run for run in self.runs if card_of(run.session) in wanted))
+
+    def _card_named(self, name: str) -> str:
+        begins = name.removeprefix("GPU-")
+        found = [card for card in self.cards if begins and card.removeprefix("GPU-").startswith(begins)]
+        if len(found) == 1:
+            return found[0]
+        what = f"{', '.join(found)} all begin" if found else f"no accepted run of {self.label} is of a card whose UUID begins"
+        raise BaselineError(f"{what} with {name!r}: the cards are {', '.join(self.cards)}")
+
     def newest(self, case_id: str) -> Timing:
         """The timing of the newest run that holds the case. Raises KeyError where none does."""
         return self.cases[case_id][-1][1]

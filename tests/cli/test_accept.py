@@ -122,6 +122,9 @@ def test_the_report_lists_runs_and_their_spread(fp4bench, tmp_path):
     code, text = fp4bench("report", "--spread", "--machine", MACHINE)
     assert code == 0
     assert "| **all** | 12 | | | | 100% | 100% |" in " ".join(text.split())
+    (card,) = {stored_run(number)["fp4bench"]["session"].split()[0] for number in (1, 2, 3)}
+    assert fp4bench("report", "--spread", "--cards", card[:6]) == (0, text)
+    assert fp4bench("report", "--spread", "--cards", "0")[0] == 2
 
 
 def test_the_report_of_nothing_says_where_it_looked(fp4bench):

@@ -83,6 +83,7 @@ def test_kernels_of_a_provider(fp4bench):
         (("--frontier", "0001_one.json", "0001_one.json"), "0001_one.json and 0001_one.json are the same run: give it once"),
         (("--throughput", *RUNS, "--modes", "w4a61"), "there is no mode w4a61, there are bf16, w4a16"),
         (("--throughput", *RUNS, "--json", "x"), "--json goes with --side-by-side RUN.json or --frontier RUN.json"),
+        (("--cards", "x"), "--cards goes with --spread"),
         (("--spread", "--csv", "x"), "--csv goes with --throughput RUN.json"),
         (("--modes", "w4a16"), "--modes goes with --throughput RUN.json or --frontier RUN.json or --kernels RUN.json"),
         (("--frontier", *RUNS, "--provider", "b"), "--provider goes with --kernels RUN.json"),

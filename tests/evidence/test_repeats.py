@@ -8,7 +8,7 @@ import pytest
 from recorded import MACHINE, baseline, timing
 
 from fp4bench.evidence import repeats
-from fp4bench.evidence.baselines import StoredRun
+from fp4bench.evidence.baselines import BaselineError, StoredRun
 from fp4bench.evidence.verdict import POLICIES, detectable
 
 STAMPS = POLICIES["cuda_graph_stamps"]
@@ -152,3 +152,14 @@ def test_the_spread_has_a_column_of_one_card():
     mde = detectable(before.on("D"), STAMPS)["c0"]
     assert row.split(" | ")[1:] == ["6", "0%", "0%", "0%", "0%", "0%", "13.53%", "13.53%", "0.10%", f"{mde:.2%} |"]
     assert mde < 0.05 < detectable(before.on("GPU-9"), STAMPS)["c0"]
+
+
+def test_cards_are_named_by_how_they_begin():
+    every = baseline(*[{"a": timing(1.0)}] * 4, sessions=[f"GPU-{card} 2026-11-01" for card in ("ab1", "ab2", "ab1", "c3")])
+    assert every.of_cards(["ab1"]).cards == ("GPU-ab1",)
+    assert len(every.of_cards(["GPU-c", "ab1"]).runs) == 3
+    with pytest.raises(BaselineError, match=r"^GPU-ab1, GPU-ab2 all begin with 'ab': the cards are GPU-ab1, GPU-ab2, GPU-c3$"):
+        every.of_cards(["ab"])
+    for absent in ("d", "", "GPU-"):
+        with pytest.raises(BaselineError, match=r"no accepted run of .* is of a card whose UUID begins with"):
+            every.of_cards([absent])
