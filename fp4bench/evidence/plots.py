@@ -197,7 +197,7 @@ def _label(axes: Axes, panel: Panel, first: bool, last: bool) -> None:
     """Batch sizes below the last axes of a column, words beside the first column, and a grid."""
     sizes = _apart(sorted({m for curve in panel.curves for m in curve.by_m}))
     axes.set_xscale("log", base=2)
-    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(sizes) > _UPRIGHT else {}
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(sizes) > _UPRIGHT else {}
     axes.set_xticks(sizes, [str(m) for m in sizes], fontsize=8, **turned)
     axes.minorticks_off()
     axes.tick_params(labelbottom=last, labelleft=first)
