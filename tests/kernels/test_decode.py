@@ -3,9 +3,7 @@ Triton's interpreter cannot run because of that assembly, is compiled and its PT
 its PTX (`ptx_machine`), and on a GPU.
 """
 
-import os
 import re
-import subprocess
 from dataclasses import replace
 from math import log2
 
@@ -14,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from fp4bench.devices import Device
 from fp4bench.formats import MXFP4, NVFP4, ScaleRule
 from fp4bench.kernels.weights import WINDOWS, prepare
 from fp4bench.quantize import Quantized, decode, quantize
@@ -22,13 +19,14 @@ from fp4bench.quantize import Quantized, decode, quantize
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 import ptx  # noqa: E402
+from compiling import dumped, resources  # noqa: E402
 from emulating import devices, emulate, from_ptx  # noqa: E402
+from shipped import H200, decode_compilation  # noqa: E402
 
 from fp4bench.kernels import configs, slots  # noqa: E402
 from fp4bench.kernels import decode as kernel  # noqa: E402
 from fp4bench.kernels.decode import DecodeConfig, fits, gemm  # noqa: E402
 
-H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 FORMATS = [MXFP4, NVFP4]
 TYPES = [torch.bfloat16, torch.float16]
 
@@ -159,48 +157,8 @@ def test_the_emulator_sees_a_wrong_instruction():
 # --- Compiled, not run ------------------------------------------------------------------------------------------------------
 
 
-def compiled(capability=90, k=8192, columns=8, fmt=MXFP4, dtype=torch.bfloat16, tiles=4, warps=8, **constants):
-    """The kernel as it is compiled for contiguous operands with k a multiple of 64."""
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    units = -(-k // 64)
-    types = {"x": "*bf16" if dtype is torch.bfloat16 else "*fp16", "words": "*i32", "scales": "*i32", "row_scale": "*fp32"}
-    types |= {"bias": types["x"], "out": types["x"], "alpha": "fp32", "m": "i32", "n": "i32", "k": "i32", "tiles": "i32"}
-    types |= {"x_stride": "i32", "out_stride": "i32"}
-    constants = {
-        **{"UNITS": units, "STEPS": -(-units // warps), "TILES": tiles, "WARPS": warps, "COLUMNS": columns, "DEPTH": 1},
-        **{"TWO_LEVEL": fmt.has_tensor_scale, "HAS_BIAS": False, "ALL_COLUMNS": True, "PAIRS": True},
-        **{"EXCHANGE": False, "AHEAD": False, "SLOTS": 0},
-        **constants,
-    }
-    names = kernel._decode.arg_names
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "")[0:1] == "*" or "stride" in name
-    }
-    source = GluonASTSource(
-        fn=kernel._decode,
-        signature=types | dict.fromkeys(constants, "constexpr"),
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=aligned,
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-
-
-def dumped(binary, what, tmp_path):
-    """What cuobjdump tells of the binary."""
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(binary.asm["cubin"])
-    return subprocess.run([tool, what, path], capture_output=True, text=True, check=True).stdout
-
-
-def resources(binary, tmp_path):
-    """Registers and stack bytes of a thread."""
-    text = dumped(binary, "-res-usage", tmp_path)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found, text
-    return int(found[1]), int(found[2])
+def compiled(*what, **how):
+    return decode_compilation(*what, **how).binary()
 
 
 @pytest.mark.gluon
@@ -250,24 +208,6 @@ def test_units_that_are_not_there_are_not_loaded():
     assert loads
     assert all(loads)
     assert not any(re.findall(r"(@p )?ld\.global\S*L2::128B", compiled().asm["ptx"]))
-
-
-def shipped():
-    """Each decode kernel of the packaged tables: its format, launch, rows of x and k."""
-    entries = [entry for table in configs.tables_of(H200) for entry in table.entries if isinstance(entry.launch, DecodeConfig)]
-    return sorted({(e.work.format, e.launch, 8 if e.work.m <= 8 else 16, e.work.k) for e in entries}, key=str)
-
-
-@each_type
-@pytest.mark.triton_3_6
-@pytest.mark.parametrize(("fmt", "launch", "columns", "k"), shipped(), ids=str)
-def test_no_shipped_launch_spills(fmt, launch, columns, k, dtype, tmp_path):
-    names = {"EXCHANGE": launch.exchange, "AHEAD": launch.ahead, "DEPTH": launch.depth, "SLOTS": launch.slots}
-    names |= {"tiles": launch.tiles, "warps": launch.warps, "fmt": {str(one): one for one in FORMATS}[fmt]}
-    kernel = compiled(k=k, columns=columns, dtype=dtype, **names)
-    registers, stack = resources(kernel, tmp_path)
-    assert stack == 0
-    assert registers * 32 * launch.warps <= 65536
 
 
 @pytest.mark.gluon

@@ -1,29 +1,23 @@
 """The wgmma kernel: its schedule, what it compiles to, and its products, from its PTX and on a GPU."""
 
-import os
 import re
-import subprocess
-from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
+from compiling import resources  # noqa: E402
 from emulating import emulate, from_ptx  # noqa: E402
+from shipped import prefill_compilation  # noqa: E402
 
-from fp4bench.devices import Device  # noqa: E402
-from fp4bench.formats import FORMATS, MXFP4, NVFP4  # noqa: E402
-from fp4bench.kernels import configs, prefill, prefill_launch, weights  # noqa: E402
-from fp4bench.kernels.prefill_kernel import wgmma_product  # noqa: E402
+from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
+from fp4bench.kernels import prefill, prefill_launch, weights  # noqa: E402
 from fp4bench.kernels.prefill_launch import PrefillConfig, Schedule  # noqa: E402
 from fp4bench.kernels.weights import WordOrder  # noqa: E402
 from fp4bench.quantize import decode, decode_fp8_rows, quantize, quantize_fp8_rows  # noqa: E402
 from fp4bench.reference import values  # noqa: E402
-
-H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 
 
 @pytest.mark.parametrize("m", [1, 17, 129, 5000])
@@ -106,67 +100,6 @@ def test_a_copy_of_x_does_not_lie_on_the_counters_of_other_products(streamed):
     assert not workspace[: prefill.COUNTER_BYTES].any()
 
 
-def compiled(form, fmt, config, in_bytes=False, sharers="many"):
-    """The kernel as it is compiled for sm_90a and contiguous operands."""
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    dtype = next(dtype for dtype, name in prefill._FORMS.items() if name == form)
-    tiles, units = config.rows // 16, config.depth // 64
-    per_unit = 16 if fmt.has_tensor_scale else 8
-    element = {"bf16": "bf16", "fp16": "fp16", "e4m3": "fp8e4nv"}[form]
-    types = {
-        "x_tiles": _described(element, torch.empty(8, 4096, dtype=dtype), [config.columns, config.depth], 128),
-        "words": _described("i32", torch.empty(8, 4096, dtype=torch.int32), [tiles, 128 * units], 0),
-        "scales": _described("i32", torch.empty(8, 4096, dtype=torch.int32), [tiles, per_unit * units], 0),
-        "out": "*fp16" if form == "fp16" else "*bf16",
-        **dict.fromkeys(("row_scale", "x_scale", "bias", "partial"), "*fp32"),
-        "counters": "*i32",
-        **dict.fromkeys(("m", "n", "stride", "ctas", "shared", "tiles", "steps", "n_tiles", "m_tiles"), "i32"),
-        "alpha": "fp32",
-    }
-    constants = {
-        "REPEATS": config.rows * config.split // (64 * config.warpgroups),
-        "SPLIT": config.split,
-        "WARPGROUPS": config.warpgroups,
-        "COLUMNS": config.columns,
-        "UNITS": units,
-        "STAGES": config.stages,
-        "GROUP": config.group,
-        "FORM": form,
-        "TWO_LEVEL": fmt.has_tensor_scale,
-        "IN_BYTES": in_bytes,
-        "SHARERS": "two" if config.pairs else sharers,
-        "HAS_X_SCALE": form == "e4m3",
-        "HAS_BIAS": False,
-        "REGISTERS": config.consumer_registers,
-    }
-    names = wgmma_product.arg_names
-    divisible = {"n", "stride", *(name for name, type in types.items() if type.startswith("*"))}
-    source = GluonASTSource(
-        fn=wgmma_product,
-        signature=types | dict.fromkeys(constants, "constexpr"),
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in divisible},
-    )
-    options = {"num_warps": 4, "maxnreg": config.registers}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-def _described(element, tensor, block, swizzle):
-    layout = prefill.descriptor(tensor, block, swizzle).layout
-    return f"tensordesc<{element}{block},{layout!r}>"
-
-
-def stack_bytes(binary, tmp_path):
-    """Of a thread, as cuobjdump reads them from the binary: what was spilled lies there."""
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(binary.asm["cubin"])
-    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
-    return int(re.search(r"STACK:(\d+)", done.stdout)[1])
-
-
 @pytest.mark.triton_3_6
 @pytest.mark.parametrize(
     ("form", "fmt", "config", "shape"),
@@ -186,33 +119,13 @@ def stack_bytes(binary, tmp_path):
 )
 def test_it_compiles_to_wgmma_with_weights_in_registers(form, fmt, config, shape, tmp_path):
     form, in_bytes = ("e4m3", True) if form == "bytes" else (form, False)
-    kernel = compiled(form, fmt, config, in_bytes)
+    kernel = prefill_compilation(form, fmt, config, in_bytes).binary()
     ptx = kernel.asm["ptx"]
     products = re.findall(rf"wgmma\.mma_async\.sync\.aligned\.{shape}\.f32\.{form}\.{form} \{{[^}}]*\}}, (.)", ptx)
     assert products
     assert set(products) == {"{"}  # the left operand is a list of registers, not a descriptor
     assert "cp.async.bulk.tensor" in ptx
-    assert stack_bytes(kernel, tmp_path) == 0
-
-
-def shipped():
-    """Each kernel of the packaged tables: what it multiplies as, its format, launch, and how many CTAs share a tile."""
-    found = set()
-    for entry in (entry for table in configs.tables_of(H200) for entry in table.entries):
-        if not isinstance(entry.launch, PrefillConfig):
-            continue
-        work = entry.work
-        weight = SimpleNamespace(tiles=-(-work.n // 16), units=-(-work.k // 64))
-        for first, last, launch in prefill.shares(work.m, weight, entry.launch, 132):
-            sharers = Schedule.of(work.m, last - first, weight.units, launch, 132).sharers
-            found.add((work.operand, work.format, replace(launch, streamed=True, pairs=False), sharers))
-    return sorted(found, key=str)
-
-
-@pytest.mark.triton_3_6
-@pytest.mark.parametrize(("form", "fmt", "config", "sharers"), shipped(), ids=str)
-def test_no_shipped_launch_spills(form, fmt, config, sharers, tmp_path):
-    assert stack_bytes(compiled(form, FORMATS[fmt], config, form == "e4m3", sharers), tmp_path) == 0
+    assert resources(kernel, tmp_path)[1] == 0
 
 
 @pytest.mark.parametrize(
