@@ -56,8 +56,7 @@ def _made(kind, words):
 def _lines(kind, first, *others):
     if kind in ("kernels", "compare"):
         return cli_report.lines(cli.parser().parse_args(["report", f"--{kind}", first, *others]))
-    spread = ["--spread"] if others else []
-    (baseline,) = cli_report.baselines(cli.parser().parse_args(["report", "--machine", first, *spread, *others]))
+    (baseline,) = cli_report.baselines(cli.parser().parse_args(["report", "--spread", "--machine", first, *others]))
     if kind == "runs":
         return accepted_runs(baseline)
     if kind == "cards":

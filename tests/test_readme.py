@@ -4,6 +4,7 @@ Their tables are what the records say, and every record is named.
 """
 
 import configparser
+import json
 import re
 import shlex
 import subprocess
@@ -135,6 +136,33 @@ def test_tables_are_those_of_the_records(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert {kind for kind in ("kernels", "compare", "spread") if f"<!-- {kind} " not in TEXTS[path]} == set()
     assert documents.stale(TEXTS[path]) == []
+
+
+def test_what_the_gate_found_is_what_the_drills_say():
+    """Since `placement` exists: the drills of the eighth machine and later."""
+    drills = {path.name: json.loads(path.read_text()) for path in ROOT.glob("baselines/NVIDIA-H200/drills/*-card-[0-9].json")}
+    sessions = [session for drill in drills.values() for session in drill["sessions"]]
+    slowed = [session for session in sessions if session["plan"]]
+    assert not any(session["alarms"] for session in sessions if not session["plan"])
+    flagged = [len(session["alarms"]) for session in slowed if session["alarms"]]
+    found = {
+        (slowdown, placed): [
+            injection["detected"]
+            for name, drill in drills.items()
+            for injection in drill["injections"]
+            if injection["slowdown"] == slowdown and not injection["blind"]
+            if not placed or int(name.split("-")[4]) >= 8
+        ]
+        for slowdown in (0.02, 0.05)
+        for placed in (False, True)
+    }
+    told = {key: f"{sum(those)} of {len(those)}" for key, those in found.items()}
+    text = " ".join(README.split())
+    assert f"{len(sessions) - len(slowed)} sessions of unchanged code in drills had no false alarm" in text
+    assert f"{told[0.02, False]} slowdowns of 2 % and {told[0.05, False]} of 5 %; since" in text
+    assert f"since `placement` exists, {told[0.02, True]} and {told[0.05, True]}" in text
+    assert f"In {len(flagged)} of the {len(slowed)} sessions with slowdowns it flagged one case more" in text
+    assert set(flagged) == {1}
 
 
 def test_a_stale_table_is_found_and_made_anew(tmp_path, monkeypatch):

@@ -311,7 +311,9 @@ def test_the_hosted_runner_does_what_ci_does():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert set(",".join(re.findall(r"tox -e (\S+)", text)).split(",")) == {"lint", "gluon", "tests"}
-    assert re.search(r"tox exec -e gluon .*-- mypy$", text.split("&& nice ")[1].splitlines()[0])
+    assert re.search(r"tox exec -e gluon .*-- mypy$", text, re.MULTILINE)
+    assert len(pins := re.findall(r"mypy==\S+", (ROOT / "tox.ini").read_text(encoding="utf-8"))) == 2
+    assert len(set(pins)) == 1  # of `types`, and of the environment that stands in for it
 
 
 JOB = parse(WORKFLOWS["perf"])["jobs"]["perf"]

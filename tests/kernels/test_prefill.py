@@ -173,15 +173,22 @@ def test_both_launches_write_their_rows_of_the_output(monkeypatch):
 
 
 LOW = PrefillConfig(rows=64, depth=128, stages=8, streamed=False, along_k=True)  # a tail's
-CASES = [
+FEW = [
     ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64, streamed=False)),
     ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
     ("bf16", NVFP4, 256, 512, 64, PrefillConfig(columns=64)),
     ("fp16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
+    ("bf16", NVFP4, 136, 320, 129, PrefillConfig(columns=128)),
+    ("e4m3", MXFP4, 256, 512, 64, PrefillConfig(columns=64, depth=128)),
+    ("e4m3", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
+    ("bytes", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
+    ("bf16", MXFP4, 200, 1000, 300, PrefillConfig(rows=64, streamed=True, along_k=True)),
+]
+CASES = [
+    *FEW,
     ("bf16", MXFP4, 1000, 1056, 37, PrefillConfig(columns=32)),
     ("bf16", MXFP4, 1000, 1056, 37, PrefillConfig(columns=64, rows=256, warpgroups=4)),
     ("e4m3", MXFP4, 1000, 1024, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
-    ("bf16", NVFP4, 136, 320, 129, PrefillConfig(columns=128)),
     ("bf16", MXFP4, 1024, 4096, 16, PrefillConfig(columns=16, rows=64, warpgroups=1, ctas=2)),
     ("bf16", MXFP4, 1000, 1056, 13, PrefillConfig(rows=64, columns=16, along_k=True)),
     ("bf16", NVFP4, 20480, 1000, 60, PrefillConfig(rows=64, columns=64, warpgroups=4, streamed=False, along_k=True)),
@@ -189,15 +196,11 @@ CASES = [
     ("bytes", MXFP4, 8192, 2048, 8, PrefillConfig(rows=64, columns=8, depth=256, stages=2, ctas=2, along_k=True)),
     ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=256)),
     ("bf16", MXFP4, 10240, 1024, 1024, PrefillConfig(columns=128, rows=256)),
-    ("e4m3", MXFP4, 256, 512, 64, PrefillConfig(columns=64, depth=128)),
-    ("e4m3", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
-    ("bytes", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
     ("bytes", MXFP4, 1000, 1024, 7, PrefillConfig(columns=8, rows=64, depth=256, warpgroups=1, ctas=2)),
     ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128)),
     ("bytes", MXFP4, 10240, 1024, 512, PrefillConfig(columns=256, depth=128, tail=PrefillConfig(columns=64, depth=128))),
     ("bytes", MXFP4, 10232, 1000, 500, PrefillConfig(columns=256, depth=128, tail=LOW)),
     ("bf16", NVFP4, 10232, 1024, 1000, PrefillConfig(columns=256, tail=PrefillConfig())),
-    ("bf16", MXFP4, 200, 1000, 300, PrefillConfig(rows=64, streamed=True, along_k=True)),
     ("bytes", MXFP4, 10240, 2048, 512, PrefillConfig(columns=256, depth=128, stages=5, pairs=True)),
     ("bf16", NVFP4, 10232, 1024, 500, PrefillConfig(columns=256, pairs=True)),
     ("fp16", MXFP4, 20472, 1056, 300, PrefillConfig(rows=256, pairs=True)),
@@ -207,20 +210,12 @@ CASES = [
 ]
 # For four SMs.
 SMALL = [
-    ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64, streamed=False)),
-    ("bf16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
-    ("bf16", NVFP4, 256, 512, 64, PrefillConfig(columns=64)),
-    ("fp16", MXFP4, 256, 512, 64, PrefillConfig(columns=64)),
+    *FEW,
     ("bf16", MXFP4, 520, 544, 37, PrefillConfig(columns=32)),
     ("bf16", MXFP4, 520, 544, 37, PrefillConfig(columns=64, rows=256, warpgroups=4)),
     ("e4m3", MXFP4, 520, 512, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
-    ("bf16", NVFP4, 136, 320, 129, PrefillConfig(columns=128)),
     ("bf16", MXFP4, 520, 544, 13, PrefillConfig(rows=64, columns=16, along_k=True)),
-    ("e4m3", MXFP4, 256, 512, 64, PrefillConfig(columns=64, depth=128)),
-    ("e4m3", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
-    ("bytes", MXFP4, 200, 1000, 77, PrefillConfig(columns=64, depth=128)),
     ("bytes", MXFP4, 520, 512, 7, PrefillConfig(columns=8, rows=64, depth=256, warpgroups=1, ctas=2)),
-    ("bf16", MXFP4, 200, 1000, 300, PrefillConfig(rows=64, streamed=True, along_k=True)),
     ("bytes", MXFP4, 520, 512, 37, PrefillConfig(columns=64, rows=256, depth=128, warpgroups=4)),
     ("bytes", MXFP4, 264, 1000, 60, PrefillConfig(rows=64, columns=64, depth=128, warpgroups=1, ctas=2, pairs=True)),
     ("bf16", NVFP4, 264, 1000, 100, PrefillConfig(columns=64, pairs=True)),
