@@ -43,6 +43,9 @@ class Product:
     k: int
     launch: Launch
 
+    def __str__(self) -> str:
+        return f"{self.mode.name} {self.format.name} m={self.m}, n={self.n}, k={self.k}: {self.launch}"
+
     def weight(self, device: Device) -> gemm.Weight:
         """Its weight in the CPU's memory, in the order of `device`."""
         return gemm.lay_out(quantize(self.problem.inputs().w, self.format), self.mode, device)
