@@ -10,7 +10,6 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import compiling
@@ -21,7 +20,7 @@ from fp4bench.formats import FORMATS, MXFP4
 from fp4bench.kernels import configs, decode, prefill
 from fp4bench.kernels.decode import DecodeConfig
 from fp4bench.kernels.prefill_kernel import wgmma_product
-from fp4bench.kernels.prefill_launch import PrefillConfig, Schedule
+from fp4bench.kernels.prefill_launch import PrefillConfig, Schedule, shares
 
 H200 = Device("cuda:0", "NVIDIA H200", (9, 0), 132, 60 << 20)
 UNSPILLED = Path(__file__).with_name("unspilled.txt")
@@ -80,9 +79,8 @@ def shipped():
 
 def _shares(work, launch):
     """The launches that a product is made of, and their sharers."""
-    weight = SimpleNamespace(tiles=-(-work.n // 16), units=-(-work.k // 64))
-    for first, last, part in prefill.shares(work.m, weight, launch, 132):
-        sharers = Schedule.of(work.m, last - first, weight.units, part, 132).sharers
+    for first, last, part in shares(work.m, -(-work.n // 16), launch, 132):
+        sharers = Schedule.of(work.m, last - first, -(-work.k // 64), part, 132).sharers
         yield replace(part, streamed=True, pairs=False), sharers
 
 

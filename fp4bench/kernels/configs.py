@@ -7,20 +7,23 @@ own come first, the nearest such m before the others; then the nearest shape, |l
 the file. A `decode` entry serves no more rows than it was tuned for, nor does a `prefill` entry of a tile narrower than 128
 rows of x. Shapes further off than `FARTHEST` serve nobody: then, and without a table, the kernels' defaults are taken. Tables
 of GPUs with as many SMs of the same compute capability are read too: of entries as near, a GPU's own comes first.
+
+Beyond 128 rows of x it matters more how many rounds the tiles take than which shape is near (`rounds`): where the nearest entry
+was tuned for other tiles, and another's launch costs at least `GAIN` less, that one is taken.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from math import log2
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fp4bench.devices import Device
 from fp4bench.formats import FORMATS
-from fp4bench.kernels import blackwell, decode, prefill_launch
+from fp4bench.kernels import blackwell, decode, prefill_launch, rounds
 from fp4bench.kernels.blackwell import BlackwellConfig
 from fp4bench.kernels.decode import DecodeConfig
 from fp4bench.kernels.prefill_launch import PrefillConfig
@@ -38,6 +41,7 @@ FORMAT = 1  # of the files
 _WORK = ("operand", "format", "m", "n", "k")
 _WIDE = 128  # columns of a tile that suits any larger m
 FARTHEST = 3.0  # binades of n and k together
+GAIN = 0.05  # what a launch has to cost less than the nearest to go before it: `rounds` is no more exact
 
 # A folder of the user's own tables, which go before those of the package.
 FOLDER_VARIABLE = "FP4BENCH_TABLES"
@@ -85,8 +89,25 @@ class Table:
 
 def choose(work: Work, device: Device) -> Launch:
     """The launch of `work` on a CUDA device: tuned where a table has it, else the kernel's default."""
-    entry = nearest(work, (entry for table in tables_of(device) for entry in table.entries))
+    assert device.sm_count is not None
+    entry = suited(work, [entry for table in tables_of(device) for entry in table.entries], device.sm_count)
     return entry.launch if entry else default(work, device)
+
+
+def suited(work: Work, entries: Sequence[Entry], sms: int) -> Entry | None:
+    """The entry that serves `work` best by the rules above, or None. sms: of the GPU."""
+    entry = nearest(work, entries)
+    if entry is None or not isinstance(entry.launch, PrefillConfig) or work.m <= _WIDE or _same_tiles(entry, work, sms):
+        return entry
+    costs = [
+        (_cost(other.launch, work, sms), _row_distance(other.work, work), _shape_distance(other.work, work), i)
+        for i, other in enumerate(entries)
+        if other.work.m > _WIDE and _serves(other, work) and _is_whole(other.launch, work)
+    ]
+    if not costs:
+        return entry
+    least, _, _, found = min(costs)
+    return entries[found] if least <= (1 - GAIN) * _cost(entry.launch, work, sms) else entry
 
 
 def nearest(work: Work, entries: Iterable[Entry]) -> Entry | None:
@@ -150,6 +171,22 @@ def _row_distance(tuned: Work, work: Work) -> tuple[bool, float]:
 
 def _shape_distance(tuned: Work, work: Work) -> float:
     return abs(log2(tuned.n / work.n)) + abs(log2(tuned.k / work.k))
+
+
+def _same_tiles(entry: Entry, work: Work, sms: int) -> bool:
+    """Whether the entry's launch works on the very tiles that it was tuned on."""
+    assert isinstance(entry.launch, PrefillConfig)
+    own, here = (rounds.schedules(entry.launch, w.m, w.n, w.k, sms) for w in (entry.work, work))
+    return own == here
+
+
+def _is_whole(launch: Launch, work: Work) -> TypeGuard[PrefillConfig]:
+    """Whether it is one of `prefill` whose tail, if it has one, decodes no weight twice: as `prefill_launch.candidates`."""
+    return isinstance(launch, PrefillConfig) and (launch.tail is None or work.m > launch.columns)
+
+
+def _cost(launch: PrefillConfig, work: Work, sms: int) -> float:
+    return rounds.cost(launch, work.operand, work.m, work.n, work.k, sms)
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------------

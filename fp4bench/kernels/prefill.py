@@ -43,7 +43,6 @@ E4M3: Hopper adds FP8 products with some 14 bits (`CUT_FP8_SUMS` of `fp4bench.pr
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
-from math import ceil
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fp4bench.kernels.prefill_kernel import wgmma_product
-from fp4bench.kernels.prefill_launch import SHARED_BYTES, WARPGROUP_ROWS, PrefillConfig, Schedule
+from fp4bench.kernels.prefill_launch import SHARED_BYTES, WARPGROUP_ROWS, PrefillConfig, Schedule, shares
 from fp4bench.kernels.weights import TILE_N, UNIT_K, PreparedWeight, WordOrder
 
 _FORMS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e4m3"}
@@ -59,22 +58,6 @@ _FORMS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e
 # The first bytes of a workspace, which counters take and leave zero, whatever the launch: 4 for each tile that is cut along k
 # and each warpgroup, and fewer than two tiles a CTA are. Enough for 170 SMs of 12 warpgroups, more than their threads allow.
 COUNTER_BYTES = 16384
-
-
-def shares(m: int, weight: PreparedWeight, config: PrefillConfig, sms: int) -> list[tuple[int, int, PrefillConfig]]:
-    """The launches of a product: (first, last) of W's tiles of 16 rows, and how they are launched.
-
-    A product is one launch, or two where the configuration has a tail: rows whose tiles fill whole rounds of CTAs, then the
-    others in smaller tiles. On an H200 qkv of Llama-3.3-70B at m = 512 is 1.2 rounds of 128 x 256.
-    """
-    alone = replace(config, tail=None)
-    n_tiles, m_tiles = ceil(weight.tiles * TILE_N / config.rows), ceil(m / config.columns)
-    ctas = sms * config.ctas
-    whole = n_tiles * m_tiles // ctas * ctas // m_tiles
-    if not config.tail or not 0 < whole < n_tiles:
-        return [(0, weight.tiles, alone)]
-    end = whole * (config.rows // TILE_N)
-    return [(0, end, replace(alone, streamed=False)), (end, weight.tiles, config.tail)]
 
 
 def why_not(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config: PrefillConfig) -> str | None:
@@ -101,7 +84,7 @@ def workspace_bytes(m: int, weight: PreparedWeight, x_dtype: torch.dtype, config
     """Bytes of workspace that `gemm` needs: partial sums, counters, and a copy of x whose rows TMA cannot read."""
     schedules = [
         (Schedule.of(m, last - first, weight.units, launch, sms), launch)
-        for first, last, launch in shares(m, weight, config, sms)
+        for first, last, launch in shares(m, weight.tiles, config, sms)
     ]
     return max(sum(_sizes(m, weight, x_dtype, schedule, launch)) for schedule, launch in schedules)
 
@@ -160,7 +143,7 @@ def _cut_rows(
     m: int, weight: PreparedWeight, out: torch.Tensor, bias: torch.Tensor | None, config: PrefillConfig, sms: int
 ) -> Iterator[tuple[PreparedWeight, torch.Tensor, torch.Tensor | None, PrefillConfig]]:
     """Weight, output and bias of each launch of a product."""
-    for first, last, launch in shares(m, weight, config, sms):
+    for first, last, launch in shares(m, weight.tiles, config, sms):
         if last - first == weight.tiles:
             yield weight, out, bias, launch
             continue

@@ -14,7 +14,7 @@ from shipped import prefill_compilation  # noqa: E402
 
 from fp4bench.formats import MXFP4, NVFP4  # noqa: E402
 from fp4bench.kernels import prefill, prefill_launch, weights  # noqa: E402
-from fp4bench.kernels.prefill_launch import PrefillConfig, Schedule  # noqa: E402
+from fp4bench.kernels.prefill_launch import PrefillConfig, Schedule, shares  # noqa: E402
 from fp4bench.kernels.weights import WordOrder  # noqa: E402
 from fp4bench.quantize import decode, decode_fp8_rows, quantize, quantize_fp8_rows  # noqa: E402
 from fp4bench.reference import values  # noqa: E402
@@ -134,7 +134,7 @@ def test_it_compiles_to_wgmma_with_weights_in_registers(form, fmt, config, shape
 def test_a_tail_takes_the_rows_that_fill_no_round(n, m, launches):
     config = PrefillConfig(columns=256, tail=PrefillConfig(columns=64, depth=128))
     weight = weights.prepare(quantize(torch.randn(n, 64), MXFP4))
-    parts = prefill.shares(m, weight, config, 132)
+    parts = shares(m, weight.tiles, config, 132)
     assert len(parts) == launches
     assert [first for first, _, _ in parts] == [0, *(last for _, last, _ in parts[:-1])]
     assert parts[-1][1] == weight.tiles
@@ -166,7 +166,7 @@ def test_both_launches_write_their_rows_of_the_output(monkeypatch):
     monkeypatch.setattr(prefill, "_launch", launch)
     monkeypatch.setattr(prefill, "count_sms", lambda device: 4)
     config = PrefillConfig(columns=256, tail=PrefillConfig(rows=64, along_k=True))
-    assert len(prefill.shares(300, weight, config, 4)) == 2
+    assert len(shares(300, weight.tiles, config, 4)) == 2
     monkeypatch.setattr(prefill, "wgmma_product", {(1,): lambda: None})
     prefill.gemm(x, weight, out, config=config, bias=bias)
     torch.testing.assert_close(out, x.float() @ decode(weights.restore(weight)).T + bias)
