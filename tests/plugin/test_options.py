@@ -150,7 +150,8 @@ def assert_refused(result, message):
 # What is left alone
 
 
-def test_other_projects_are_left_alone(pytester):
+def test_other_projects_are_left_alone(pytester, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # where it is set, pytest-benchmark measures nothing
     pytester.makepyfile("def test_it(benchmark):\n    benchmark(sum, [1, 2])\n")
     result = pytester.runpytest_subprocess("--benchmark-save=mine", "-p", "fp4bench.plugin", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=1)
