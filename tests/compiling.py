@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-import pytest
 import triton
-
-# Of a kernel's variants the newest Triton compiles some, and the one that the kernels are written for all: each takes a second.
-OF_3_6 = pytest.mark.triton_3_6
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fp4bench.quantize import Quantized, decode, quantize
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 import ptx  # noqa: E402
-from compiling import OF_3_6, dumped, resources  # noqa: E402
+from compiling import dumped, resources  # noqa: E402
 from emulating import devices, emulate, from_ptx  # noqa: E402
 from shipped import H200, decode_compilation  # noqa: E402
 
@@ -224,18 +224,15 @@ def test_gate_up_is_one_wave_of_ctas(tmp_path):
 @pytest.mark.parametrize(
     "variant",
     [
-        pytest.param({"tiles": 4, "columns": 16, "SLOTS": 2}, id="o at 16", marks=OF_3_6),
-        pytest.param({"tiles": 5, "columns": 16, "SLOTS": 2}, id="qkv at 16", marks=OF_3_6),
-        pytest.param({"tiles": 4, "columns": 8, "SLOTS": 4, "DEPTH": 2}, id="o at 8", marks=OF_3_6),
-        pytest.param({"tiles": 5, "columns": 8, "SLOTS": 4, "DEPTH": 2}, id="qkv at 8"),
-        pytest.param({"tiles": 5, "columns": 8, "fmt": NVFP4, "SLOTS": 4, "DEPTH": 2}, id="nvfp4 at 8", marks=OF_3_6),
-        pytest.param({"tiles": 5, "columns": 16, "fmt": NVFP4, "SLOTS": 2}, id="nvfp4 at 16"),
-        pytest.param(
-            {"tiles": 5, "columns": 8, "fmt": NVFP4, "dtype": torch.float16, "SLOTS": 4, "DEPTH": 2},
-            id="nvfp4 as float16",
-            marks=OF_3_6,
-        ),
+        {"tiles": 4, "columns": 16, "SLOTS": 2},
+        {"tiles": 5, "columns": 16, "SLOTS": 2},
+        {"tiles": 4, "columns": 8, "SLOTS": 4, "DEPTH": 2},
+        {"tiles": 5, "columns": 8, "SLOTS": 4, "DEPTH": 2},
+        {"tiles": 5, "columns": 8, "fmt": NVFP4, "SLOTS": 4, "DEPTH": 2},
+        {"tiles": 5, "columns": 16, "fmt": NVFP4, "SLOTS": 2},
+        {"tiles": 5, "columns": 8, "fmt": NVFP4, "dtype": torch.float16, "SLOTS": 4, "DEPTH": 2},
     ],
+    ids=["o at 16", "qkv at 16", "o at 8", "qkv at 8", "nvfp4 at 8", "nvfp4 at 16", "nvfp4 as float16"],
 )
 def test_through_slots_a_warp_waits_for_its_own_copies_alone_and_spills_nothing(variant, tmp_path):
     binary = compiled(warps=16, **variant)

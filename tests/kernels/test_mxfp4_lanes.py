@@ -14,7 +14,7 @@ from fp4bench.quantize import quantize
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 import ptx  # noqa: E402
-from compiling import OF_3_6, compile_gluon, resources  # noqa: E402
+from compiling import compile_gluon, resources  # noqa: E402
 from emulating import emulate, from_ptx  # noqa: E402
 
 from fp4bench.kernels import mxfp4_lanes as kernel  # noqa: E402
@@ -135,7 +135,7 @@ def test_few_rows_are_spread_over_more_programs():
 
 
 @each_rotation
-@pytest.mark.parametrize("rows", [pytest.param(1, marks=OF_3_6), 10**6])
+@pytest.mark.parametrize("rows", [1, 10**6])
 def test_loads_come_first_and_nothing_goes_through_shared_memory(rows, hadamard, tmp_path):
     how = kernel.shape(hadamard).of(rows)
     types = {"x": "*bf16", "codes": "*i32", "scales": "*u8", "rows": "i32"}

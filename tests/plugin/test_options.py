@@ -176,10 +176,13 @@ def test_a_provider_that_cannot_run_is_skipped_with_its_reason(project, pytester
 
 def test_the_full_gpu_grid_is_collected_in_seconds(project):
     everything = [f"--{axis}=all" for axis in ("models", "batch-sizes", "had-sizes", "formats", "modes")]
-    result = project.run(*everything, "--providers", "torch", "eager", "--collect-only", "-q")
-    (found,) = re.findall(r"(\d+) tests collected in ([\d.]+)s", result.text)
-    assert int(found[0]) > 10_000
-    assert float(found[1]) < 12  # the goal is 3, and 2 idle cores take 1.7; in CI both are busy
+    took = []
+    while len(took) < 3 and min(took, default=6) >= 6:  # CI's two cores are busy: what is slow of itself is slow each time
+        result = project.run(*everything, "--providers", "torch", "eager", "--collect-only", "-q")
+        (found,) = re.findall(r"(\d+) tests collected in ([\d.]+)s", result.text)
+        assert int(found[0]) > 10_000
+        took.append(float(found[1]))
+    assert min(took) < 6  # the goal is 3, and 2 idle cores take 1.7
 
 
 # Tables and plans
