@@ -17,6 +17,9 @@ from products import product, run_of
 from recorded import write
 
 from fp4bench import cli
+from fp4bench.cli import report as cli_report
+from fp4bench.evidence import repeats
+from fp4bench.evidence.histories import card_of
 from fp4bench.models import get_model
 from fp4bench.plugin.options import floors_table
 from fp4bench.problems import MODES
@@ -163,6 +166,41 @@ def test_what_the_gate_found_is_what_the_drills_say():
     assert f"since `placement` exists, {told[0.02, True]} and {told[0.05, True]}" in text
     assert f"In {len(flagged)} of the {len(slowed)} sessions with slowdowns it flagged one case more" in text
     assert set(flagged) == {1}
+
+
+def test_where_peers_are_ahead_is_what_the_run_says():
+    run = json.loads((ROOT / "baselines/NVIDIA-H200/kernels/2026-11-28_all-providers.json").read_text(encoding="utf-8"))
+    seconds: dict[tuple, dict[str, float]] = {}
+    for bench in run["benchmarks"]:
+        record = bench["extra_info"]
+        cell = tuple(record[name] for name in ("format", "mode", "model", "layer", "m"))
+        seconds.setdefault(cell, {})[record["provider"]] = bench["stats"]["median"]
+    cells = {cell: min(by, key=by.get) for cell, by in seconds.items() if "triton" in by}
+    behind = {cell: fastest for cell, fastest in cells.items() if fastest != "triton"}
+    formats = [format for format, *_ in cells]
+    assert {format for format, *_ in behind} == {"mxfp4"}
+    assert set(behind.values()) == {"humming"}
+    assert {by for cell in cells if cell[0] == "nvfp4" for by in seconds[cell]} == {"triton", "vllm_marlin"}
+    assert all(m > 16 and model != "llama3.3-70b" for _, _, model, _, m in behind)
+    text = " ".join(README.split())
+    told = f"in {len(behind)} of {formats.count('mxfp4')} MXFP4 cells, and Marlin in none of {formats.count('nvfp4')} of NVFP4"
+    assert told in text
+
+
+def test_how_many_cases_of_five_runs_repeat_is_what_they_say(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (cards,) = re.findall(r"<!-- spread NVIDIA-H200 --cards (.+?) \|", README)
+    asked = ["report", "--spread", "--machine", "NVIDIA-H200", "--cards", *cards.split()]
+    (baseline,) = cli_report.baselines(cli.parser().parse_args(asked))
+    baseline = baseline.on(card_of(baseline.runs[-1].session))
+    of_six, of_all = repeats.half_ranges_of_six(baseline), repeats.half_ranges(baseline)
+    others = [half for case_id, half in of_all.items() if case_id not in of_six]
+    within = sum(half <= 0.01 for half in others)
+    text = " ".join(README.split())
+    assert (
+        f"{len(of_six)} cases that have so many; of the other {len(others)}, which five runs have, {within} are within 1 %"
+        in text
+    )
 
 
 def test_a_stale_table_is_found_and_made_anew(tmp_path, monkeypatch):
