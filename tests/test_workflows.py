@@ -312,6 +312,8 @@ def test_the_hosted_runner_does_what_ci_does():
     text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert set(",".join(re.findall(r"tox -e (\S+)", text)).split(",")) == {"lint", "gluon", "tests"}
     assert re.search(r"tox exec -e gluon .*-- mypy$", text, re.MULTILINE)
+    assert "export FP4BENCH_TESTS=" in text
+    assert "pytest tests {env:FP4BENCH_TESTS:}" in (ROOT / "tox.ini").read_text(encoding="utf-8")
     assert len(pins := re.findall(r"mypy==\S+", (ROOT / "tox.ini").read_text(encoding="utf-8"))) == 2
     assert len(set(pins)) == 1  # of `types`, and of the environment that stands in for it
 

@@ -41,7 +41,7 @@ FORMAT = 1  # of the files
 _WORK = ("operand", "format", "m", "n", "k")
 _WIDE = 128  # columns of a tile that suits any larger m
 FARTHEST = 3.0  # binades of n and k together
-GAIN = 0.05  # what a launch has to cost less than the nearest to go before it: `rounds` is no more exact
+GAIN = 0.05  # of its cost, by which a launch goes before the nearest: `rounds` is no more exact
 
 # A folder of the user's own tables, which go before those of the package.
 FOLDER_VARIABLE = "FP4BENCH_TABLES"
@@ -102,7 +102,7 @@ def suited(work: Work, entries: Sequence[Entry], sms: int) -> Entry | None:
     costs = [
         (_cost(other.launch, work, sms), _row_distance(other.work, work), _shape_distance(other.work, work), i)
         for i, other in enumerate(entries)
-        if other.work.m > _WIDE and _serves(other, work) and _is_whole(other.launch, work)
+        if other.work.m > _WIDE and _serves(other, work) and _decodes_once(other.launch, work)
     ]
     if not costs:
         return entry
@@ -180,8 +180,8 @@ def _same_tiles(entry: Entry, work: Work, sms: int) -> bool:
     return own == here
 
 
-def _is_whole(launch: Launch, work: Work) -> TypeGuard[PrefillConfig]:
-    """Whether it is one of `prefill` whose tail, if it has one, decodes no weight twice: as `prefill_launch.candidates`."""
+def _decodes_once(launch: Launch, work: Work) -> TypeGuard[PrefillConfig]:
+    """Whether it is one of `prefill` whose tail decodes no weight again; `prefill_launch.candidates` has no other."""
     return isinstance(launch, PrefillConfig) and (launch.tail is None or work.m > launch.columns)
 
 
